@@ -1,0 +1,131 @@
+"""Encoders and decoders as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
+
+An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's `apply(params, z [B, L])` gives the
+outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of these shapes may stand in for them.
+
+The last layer starts small: the posterior starts near the prior, the decoder's mean near zero and a learned log sigma near its initial value.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from lvae_jax import gaussians
+
+# The posterior's log stddev: 4.5e-5 is sharper than any data here allow, and the prior's is 1.
+LOG_STDDEV_RANGE = (-10.0, 1.0)
+
+_small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+
+
+class Network(NamedTuple):
+    """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and decoders."""
+
+    init: Callable[[Key[Array, ""]], Any]
+    apply: Callable[[Any, Float[Array, "..."]], Any]
+
+
+def mlp_encoder(shape: Sequence[int], latent_size: int, *, width: int = 200, num_blocks: int = 4) -> Network:
+    """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size` dimensions."""
+    return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks), shape)
+
+
+def mlp_decoder(shape: Sequence[int], outputs: int, latent_size: int, *, width: int = 200, num_blocks: int = 4) -> Network:
+    """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs]."""
+    return _decoder(_ResidualMLP(math.prod(shape) * outputs, width, num_blocks), shape, outputs, latent_size)
+
+
+def conv_encoder(shape: Sequence[int], latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4) -> Network:
+    """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST: 3 and 4)."""
+    return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks), shape)
+
+
+def conv_decoder(shape: Sequence[int], outputs: int, latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4) -> Network:
+    """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C, outputs]."""
+    return _decoder(_ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks), shape, outputs, latent_size)
+
+
+class _ResidualMLP(nn.Module):
+    features: int
+    width: int
+    num_blocks: int
+
+    @nn.compact
+    def __call__(self, h):
+        h = nn.Dense(self.width)(h)
+        for _ in range(self.num_blocks):
+            residual = nn.Dense(self.width)(nn.silu(h))
+            h = h + nn.Dense(self.width, kernel_init=_small)(nn.silu(residual))
+        return nn.Dense(self.features, kernel_init=_small)(nn.silu(h))
+
+
+class _ResidualConvolutions(nn.Module):
+    num_blocks: int
+
+    @nn.compact
+    def __call__(self, h):
+        width = h.shape[-1]
+        for _ in range(self.num_blocks):
+            residual = nn.Conv(width, (3, 3))(nn.silu(h))
+            h = h + nn.Conv(width, (3, 3), kernel_init=_small)(nn.silu(residual))
+        return h
+
+
+class _ConvEncoder(nn.Module):
+    features: int
+    widths: tuple[int, ...]
+    num_blocks: int
+
+    @nn.compact
+    def __call__(self, h):
+        for width in self.widths:
+            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
+        h = _ResidualConvolutions(self.num_blocks)(h)
+        return nn.Dense(self.features, kernel_init=_small)(nn.silu(h.reshape(h.shape[0], -1)))
+
+
+class _ConvDecoder(nn.Module):
+    shape: tuple[int, ...]
+    outputs: int
+    widths: tuple[int, ...]
+    num_blocks: int
+
+    @nn.compact
+    def __call__(self, z):
+        *size, channels = self.shape
+        sizes = [tuple(size)]  # as the encoder's convolutions shrink them, finest first
+        for _ in self.widths:
+            sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
+        h = nn.Dense(math.prod(sizes[-1]) * self.widths[-1])(z).reshape(-1, *sizes[-1], self.widths[-1])
+        h = _ResidualConvolutions(self.num_blocks)(h)
+        # A kernel of twice the stride covers every pixel equally often, which avoids checkerboards.
+        for (rows, columns), width in zip(sizes[-2:0:-1], self.widths[-2::-1], strict=True):
+            h = nn.ConvTranspose(width, (4, 4), strides=(2, 2))(nn.silu(h))[:, :rows, :columns]
+        h = nn.ConvTranspose(channels * self.outputs, (4, 4), strides=(2, 2), kernel_init=_small)(nn.silu(h))
+        return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
+
+
+def _encoder(module: nn.Module, shape: Sequence[int]) -> Network:
+    def init(key: Key[Array, ""]) -> Any:
+        return module.init(key, jnp.zeros((1, *shape)))
+
+    def apply(params: Any, x: Float[Array, "B *S"]) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+        mean, log_stddev = jnp.split(module.apply(params, x), 2, axis=-1)
+        return mean, gaussians.soft_clip(log_stddev, *LOG_STDDEV_RANGE)
+
+    return Network(init, apply)
+
+
+def _decoder(module: nn.Module, shape: Sequence[int], outputs: int, latent_size: int) -> Network:
+    def init(key: Key[Array, ""]) -> Any:
+        return module.init(key, jnp.zeros((1, latent_size)))
+
+    def apply(params: Any, z: Float[Array, "B L"]) -> Float[Array, "B *S K"]:
+        return module.apply(params, z).reshape(-1, *shape, outputs)
+
+    return Network(init, apply)

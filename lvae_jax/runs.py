@@ -1,0 +1,124 @@
+"""The run directory, which holds all that a run leaves behind.
+
+  flags.json      what was asked for; a directory never takes two different sets of flags
+  metrics.jsonl   one line for each sweep member and logged step
+  checkpoints/    the newest state of each group of sweep members that is trained together
+  figures/        PNG
+  summary.json    written last: a run that has one is finished
+
+Files are replaced in one move: whatever has its final name is whole.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class RunError(Exception):
+    """A run directory cannot be used as asked; the message, one line, names the fix."""
+
+
+def open_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Makes the run directory `path` for `flags`, or finds it again; returns the summary of a finished run, or None.
+
+    Raises:
+      RunError: the directory holds something else, or a run with other flags. Nothing in it is touched.
+    """
+    file = path / "flags.json"
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is not a directory: give another --run_dir")
+    if file.exists():
+        recorded, asked = read_json(file), json.loads(json.dumps(dict(flags)))
+        if recorded != asked:
+            names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
+            changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
+            raise RunError(f"{path} belongs to a run with other flags ({changes}): give another --run_dir")
+    elif path.exists() and any(path.iterdir()):
+        raise RunError(f"{path} is not empty and not a run directory: give another --run_dir")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(file, flags)
+    summary = path / "summary.json"
+    return read_json(summary) if summary.exists() else None
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+      RunError: it is missing or damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        raise RunError(f"{file} cannot be read: give the directory of a whole run") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replaces `file` by `value` as JSON; NaN and infinities are refused, they are not JSON."""
+    replace(file, lambda temporary: temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
+
+
+def replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes `file` by `write(temporary path)`, and gives it its name once it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")  # the same ending: some writers look at it
+    write(temporary)
+    os.replace(temporary, file)
+
+
+def append_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines to the run's metrics.jsonl."""
+    with open(path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of the run's metrics.jsonl, without a last one that was cut short by an interruption."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_metrics(path: Path, group: str, step: int) -> None:
+    """Drops the lines of `group` after `step`: a resumed run writes them again."""
+    rows = [row for row in read_metrics(path) if row["group"] != group or row["step"] <= step]
+    replace(path / "metrics.jsonl", lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
+class Checkpoints:
+    """The checkpoints of one group of sweep members, of which the newest is kept."""
+
+    def __init__(self, path: Path, group: str):
+        self._path = (path / "checkpoints" / group).absolute()
+        self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+
+    def save(self, step: int, tree: Any) -> None:
+        """Saves a pytree of arrays; returns when it has been copied, while it is still being written."""
+        self._manager.save(step, args=ocp.args.StandardSave(tree))
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest checkpoint, or None if there is none; `like` is a pytree of the same structure, shapes and types.
+
+        Raises:
+          RunError: the checkpoint is damaged or of another shape.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax raises whatever its storage layers raise
+            raise RunError(
+                f"the checkpoint {self._path / str(step)} is damaged or of another shape: delete {self._path} to train this part again"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.close()

@@ -1,0 +1,150 @@
+"""The variational auto-encoder and its bounds on log p(x), in nats.
+
+Model: p(z) = N(0, I), p(x|z) = an observation model from `likelihoods`; q(z|x) = N(mean, diag stddev^2) from the encoder. Every bound is per
+example, [B]; the mean over examples is the caller's last line. Randomness comes from `keys` [B], one for each example, so that no number
+depends on how a batch is split over devices.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from lvae_jax import gaussians
+from lvae_jax.likelihoods import Likelihood
+from lvae_jax.networks import Network
+
+Params = dict[str, Any]
+
+
+class VAE(NamedTuple):
+    """A model. Its parameters are a dict with the keys encoder, decoder and likelihood."""
+
+    encoder: Network
+    decoder: Network
+    likelihood: Likelihood
+    latent_size: int
+
+
+class Terms(NamedTuple):
+    """What the bound is made of, for each of B examples of shape *S.
+
+    Attributes:
+      log_likelihood: [B], log p(x|z) in nats, z drawn from q(z|x).
+      kl: [B], KL(q(z|x) || p(z)) in nats.
+      mean: [B, *S], the mean of p(x|z): the reconstruction.
+      stddev: [B, *S], the standard deviation of p(x|z).
+    """
+
+    log_likelihood: Float[Array, " B"]
+    kl: Float[Array, " B"]
+    mean: Float[Array, "B *S"]
+    stddev: Float[Array, "B *S"]
+
+    @property
+    def elbo(self) -> Float[Array, " B"]:
+        """ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)) <= log p(x), one draw of z for each example, [B] nats."""
+        return self.log_likelihood - self.kl
+
+
+class Scores(NamedTuple):
+    """How well examples are modelled; each field is [B], one value for each example, or their summary.
+
+    Attributes:
+      elbo, log_likelihood, kl: in nats, as in `Terms`.
+      mse: squared error of the mean per dimension, in squared units of the data.
+      sigma_min, sigma_mean, sigma_max: of p(x|z)'s stddev over the example's dimensions, in units of the data.
+    """
+
+    elbo: Float[Array, "..."]
+    log_likelihood: Float[Array, "..."]
+    kl: Float[Array, "..."]
+    mse: Float[Array, "..."]
+    sigma_min: Float[Array, "..."]
+    sigma_mean: Float[Array, "..."]
+    sigma_max: Float[Array, "..."]
+
+
+def init(key: Key[Array, ""], vae: VAE) -> Params:
+    """Initial parameters of all three parts."""
+    encoder_key, decoder_key = jax.random.split(key)
+    return {"encoder": vae.encoder.init(encoder_key), "decoder": vae.decoder.init(decoder_key), "likelihood": vae.likelihood.init()}
+
+
+def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key for each example, a function of `key` and of the example's global index alone."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def elbo(keys: Key[Array, " B"], vae: VAE, params: Params, x: Float[Array, "B *S"]) -> Terms:
+    """The evidence lower bound (Eq. 3) by its terms, at a reparameterised z ~ q(z|x)."""
+    mean, log_stddev = vae.encoder.apply(params["encoder"], x)
+    z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
+    outputs = vae.decoder.apply(params["decoder"], z)
+    head, head_params = vae.likelihood, params["likelihood"]
+    return Terms(
+        log_likelihood=head.log_prob(head_params, outputs, x),
+        kl=jnp.sum(gaussians.kl_to_standard(mean, log_stddev), axis=-1),
+        mean=head.mean(head_params, outputs),
+        stddev=head.stddev(head_params, outputs),
+    )
+
+
+def scores(terms: Terms, x: Float[Array, "B *S"]) -> Scores:
+    """The scores of each example x, [B], given the terms of its bound."""
+    axes = tuple(range(1, x.ndim))
+    return Scores(
+        elbo=terms.elbo,
+        log_likelihood=terms.log_likelihood,
+        kl=terms.kl,
+        mse=jnp.mean((x - terms.mean) ** 2, axis=axes),
+        sigma_min=jnp.min(terms.stddev, axis=axes),
+        sigma_mean=jnp.mean(terms.stddev, axis=axes),
+        sigma_max=jnp.max(terms.stddev, axis=axes),
+    )
+
+
+def summary(scores: Scores) -> Scores:
+    """The scores of a set of examples, the last axis: its mean, but the least sigma_min and the largest sigma_max."""
+    return Scores(*(field.mean(axis=-1) for field in scores))._replace(
+        sigma_min=scores.sigma_min.min(axis=-1), sigma_max=scores.sigma_max.max(axis=-1)
+    )
+
+
+def importance_bound(
+    keys: Key[Array, " B"], vae: VAE, params: Params, x: Float[Array, "B *S"], *, num_samples: int
+) -> Float[Array, " B"]:
+    """log (1/k) sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): a bound on log p(x) in nats that is tighter the larger k = num_samples.
+
+    Burda et al., Importance Weighted Autoencoders, ICLR 2016, Eq. 8. Its expectation lies between the ELBO (k = 1) and log p(x).
+    """
+    mean, log_stddev = vae.encoder.apply(params["encoder"], x)
+
+    def log_weight(k: Int[Array, ""]) -> Float[Array, " B"]:
+        z = jax.vmap(gaussians.sample)(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, k), mean, log_stddev)
+        log_prior = jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1)
+        log_posterior = jnp.sum(gaussians.log_prob(z, mean, log_stddev), axis=-1)
+        outputs = vae.decoder.apply(params["decoder"], z)
+        return vae.likelihood.log_prob(params["likelihood"], outputs, x) + log_prior - log_posterior
+
+    log_weights = jax.lax.map(log_weight, jnp.arange(num_samples))
+    return jax.nn.logsumexp(log_weights, axis=0) - jnp.log(num_samples)
+
+
+def reconstruct(vae: VAE, params: Params, x: Float[Array, "B *S"]) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"]]:
+    """The (mean, stddev) of p(x|z) at the posterior's mean, both [B, *S]."""
+    mean, _ = vae.encoder.apply(params["encoder"], x)
+    outputs = vae.decoder.apply(params["decoder"], mean)
+    return vae.likelihood.mean(params["likelihood"], outputs), vae.likelihood.stddev(params["likelihood"], outputs)
+
+
+def generate(
+    key: Key[Array, ""], vae: VAE, params: Params, *, num_samples: int
+) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"], Float[Array, "B *S"]]:
+    """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from: (samples, means, stddevs)."""
+    prior_key, likelihood_key = jax.random.split(key)
+    z = jax.random.normal(prior_key, (num_samples, vae.latent_size))
+    outputs = vae.decoder.apply(params["decoder"], z)
+    head, head_params = vae.likelihood, params["likelihood"]
+    return head.sample(likelihood_key, head_params, outputs), head.mean(head_params, outputs), head.stddev(head_params, outputs)
