@@ -1,4 +1,5 @@
-"""Trains a group of sweep members with checkpoints, metrics and a progress bar: what the experiments share, and where they compile."""
+"""Trains a group of sweep members with checkpoints, metrics and a progress bar: what the experiments share, and where
+they compile."""
 
 import functools
 import time
@@ -21,7 +22,8 @@ CHECKPOINT_SECONDS = 60.0
 
 
 class Group(NamedTuple):
-    """M sweep members that one program trains together. name: of its checkpoints; seeds [M]; sigmas [M] or, replayed, [M, T]."""
+    """M sweep members that one program trains together. name: of its checkpoints; seeds [M]; sigmas [M] or, replayed,
+    [M, T]."""
 
     name: str
     seeds: Int[np.ndarray, " M"]
@@ -29,7 +31,8 @@ class Group(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Of one model: the mean and stddev of p(x|z) for given examples [B, *S]; samples from the prior with their means and stddevs, likewise."""
+    """Of one model: the mean and stddev of p(x|z) for given examples [B, *S]; samples from the prior with their means
+    and stddevs, likewise."""
 
     reconstructions: Float[Array, "..."]
     reconstruction_stddevs: Float[Array, "..."]
@@ -39,7 +42,8 @@ class Pictures(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The compiled functions of one variant; they serve all groups of the same size. All map over the members of a group."""
+    """The compiled functions of one variant; they serve all groups of the same size. All map over the members of a
+    group."""
 
     init: Callable[..., TrainState]
     steps: Callable[..., tuple[TrainState, training.Metrics]]
@@ -60,14 +64,18 @@ def compile_programs(dataset: Dataset, make_vae: Callable[[Any], VAE], *, num_st
     def pictures(seeds: Array, sigmas: Array, states: TrainState, x: Array) -> Pictures:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Pictures:
             key, vae = jax.random.fold_in(jax.random.key(seed), 3), make_vae(sigma)
-            return Pictures(*vae_lib.reconstruct(vae, params, to_float(x)), *vae_lib.generate(key, vae, params, num_samples=len(x)))
+            return Pictures(
+                *vae_lib.reconstruct(vae, params, to_float(x)), *vae_lib.generate(key, vae, params, num_samples=len(x))
+            )
 
         return jax.vmap(one)(seeds, sigmas, states.params)
 
     model = {"make_vae": make_vae, "optimizer": optimizer}
     return Programs(
         init=jax.jit(functools.partial(training.members_init, **model)),
-        steps=jax.jit(functools.partial(training.members_steps, **model, batch=dataset.batch, beta=beta), donate_argnums=2),
+        steps=jax.jit(
+            functools.partial(training.members_steps, **model, batch=dataset.batch, beta=beta), donate_argnums=2
+        ),
         score=jax.jit(score),
         pictures=jax.jit(pictures),
     )
@@ -79,13 +87,21 @@ def log_interval(num_steps: int) -> int:
 
 
 def fit(
-    run_dir: Path, group: Group, programs: Programs, dataset: Dataset, train: Any, *, num_steps: int, batch_size: int, bar: tqdm.tqdm
+    run_dir: Path,
+    group: Group,
+    programs: Programs,
+    dataset: Dataset,
+    train: Any,
+    *,
+    num_steps: int,
+    batch_size: int,
+    bar: tqdm.tqdm,
 ) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
     """Trains the group to `num_steps`, from its checkpoint if there is one, and writes its metrics.
 
     Returns:
-      The final states, and the record of sigma in force at each step from 0 to T = `num_steps` (where sigma is a vector: its largest value); the
-      last one, after the last update, is left NaN for the evaluation to fill.
+      The final states, and the record of sigma in force at each step from 0 to T = `num_steps` (where sigma is a
+      vector: its largest value); the last one, after the last update, is left NaN for the evaluation to fill.
 
     Raises:
       runs.RunError: the checkpoint is damaged, or training diverged.
@@ -101,13 +117,16 @@ def fit(
     bar.update(step * len(group.seeds))
 
     interval = log_interval(num_steps)
-    # On a CPU a scan over steps gains nothing for the MLPs, and the convolutions in it run several times slower (jax issue 12868).
+    # On a CPU a scan over steps gains nothing for the MLPs, and the convolutions in it run several times slower (jax
+    # issue 12868).
     fused = 1 if jax.default_backend() == "cpu" else interval
     saved = time.monotonic()
     while step < num_steps:
         parts = []
         for start in range(step, step + interval, fused):
-            indices = [[dataset.indices(int(seed), s, batch_size) for s in range(start, start + fused)] for seed in group.seeds]
+            indices = [
+                [dataset.indices(int(seed), s, batch_size) for s in range(start, start + fused)] for seed in group.seeds
+            ]
             states, metrics = programs.steps(group.seeds, group.sigmas, states, train, np.asarray(indices))
             parts.append(metrics)
         metrics = jax.tree.map(lambda *columns: np.concatenate(columns, axis=1), *jax.device_get(parts))
@@ -115,7 +134,10 @@ def fit(
         step += interval
         scores = vae_lib.summary(metrics.scores)
         if not np.isfinite(scores.elbo).all():
-            raise runs.RunError(f"training of {group.name} diverged before step {step}: the ELBO is {scores.elbo}; nothing was saved since the last checkpoint")
+            raise runs.RunError(
+                f"training of {group.name} diverged before step {step}, its ELBO is {scores.elbo.min()}: "
+                "give another sigma or more data; the last checkpoint is kept"
+            )
         runs.append_metrics(
             run_dir,
             (

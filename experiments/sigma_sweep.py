@@ -2,8 +2,9 @@
 
   python -m experiments.sigma_sweep --sigma=0.1
 
-trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves metrics, checkpoints, figures
-and summary.json in a directory below runs/. The same command resumes an interrupted run, and reports a finished one again.
+trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves
+metrics, checkpoints, figures and summary.json in a directory below runs/. The same command resumes an interrupted run,
+and reports a finished one again.
 """
 
 import functools
@@ -30,7 +31,7 @@ VARIANTS = {
     "lv": "LV-VAE",
     "optimal": "sigma-VAE",
     "f_star": "F*-VAE",
-    "replay": "F-VAE, replayed sigma(t)",
+    "replay": "replayed F-VAE",
 }
 
 
@@ -49,7 +50,8 @@ class Config(NamedTuple):
     sigma_from: str | None = None
 
     def resolved(self) -> "Config":
-        """The config with its Nones replaced: 3,000 steps and 2 latent dimensions for the toy; 600 steps, an epoch of MNIST, and 256 for images."""
+        """The config with its Nones replaced: 3,000 steps and 2 latent dimensions for the toy; 600 steps, an epoch of
+        MNIST, and 256 for images."""
         num_steps, latent_size = (3000, 2) if self.dataset == "toy" else (600, 256)
         return self._replace(num_steps=self.num_steps or num_steps, latent_size=self.latent_size or latent_size)
 
@@ -69,7 +71,8 @@ def run(
     """Runs, resumes or reports the sweep; returns what summary.json holds.
 
     Raises:
-      UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or overwritten.
+      UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
+      overwritten.
     """
     check(config)
     config = config.resolved()
@@ -105,7 +108,9 @@ def check(config: Config) -> None:
         raise UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
     needing = [variant for variant in ("f_star", "replay") if variant in config.variants]
     if needing and "ls" not in config.variants and config.sigma_from is None:
-        raise UsageError(f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR")
+        raise UsageError(
+            f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR"
+        )
     if config.sigma_from is not None and not needing:
         raise UsageError("--sigma_from serves the variants f_star and replay: add one of them to --variants")
     if not (0.0 <= config.beta < math.inf):
@@ -143,15 +148,23 @@ def imported_record(config: Config) -> np.ndarray | None:
 
 
 def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any) -> vae_lib.VAE:
-    """The paper's networks for data of this shape, under the variant's observation model; sigma is a number or, replayed, one for each step."""
+    """The paper's networks for data of this shape, under the variant's observation model; sigma is a number or,
+    replayed, one for each step."""
     head = likelihoods.HEADS.get(variant, likelihoods.fixed)
     likelihood = head(likelihoods.replay(sigma) if variant == "replay" else sigma)
-    encoder, decoder = (networks.conv_encoder, networks.conv_decoder) if len(shape) == 3 else (networks.mlp_encoder, networks.mlp_decoder)
-    return vae_lib.VAE(encoder(shape, latent_size), decoder(shape, likelihood.outputs, latent_size), likelihood, latent_size)
+    encoder, decoder = (
+        (networks.conv_encoder, networks.conv_decoder)
+        if len(shape) == 3
+        else (networks.mlp_encoder, networks.mlp_decoder)
+    )
+    return vae_lib.VAE(
+        encoder(shape, latent_size), decoder(shape, likelihood.outputs, latent_size), likelihood, latent_size
+    )
 
 
 def groups(config: Config, variant: str, record: np.ndarray | None, *, together: bool) -> list[loop.Group]:
-    """The sweep members of a variant (for f, every sigma with every seed), in one group or in groups of one; `record` is sigma(t) of LS runs."""
+    """The sweep members of a variant (for f, every sigma with every seed), in one group or in groups of one; `record`
+    is sigma(t) of LS runs."""
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     sigmas = np.ones(config.num_seeds)
     if variant == "f":
@@ -161,11 +174,15 @@ def groups(config: Config, variant: str, record: np.ndarray | None, *, together:
         sigmas = record[:, -1] if variant == "f_star" else record
     if together:
         return [loop.Group(variant, seeds, sigmas)]
-    return [loop.Group(f"{variant}-{index}", seeds[index : index + 1], sigmas[index : index + 1]) for index in range(len(seeds))]
+    return [
+        loop.Group(f"{variant}-{index}", seeds[index : index + 1], sigmas[index : index + 1])
+        for index in range(len(seeds))
+    ]
 
 
 def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None) -> dict[str, Any]:
-    """Trains and evaluates every variant, and draws the figures; returns the summary. `record`: sigma(t) of LS runs, if from another run."""
+    """Trains and evaluates every variant, and draws the figures; returns the summary. `record`: sigma(t) of LS runs, if
+    from another run."""
     train = jax.device_put(dataset.train)
     shown = dataset.test[: 1000 if len(dataset.shape) == 1 else 12]
     order = [variant for variant in VARIANTS if variant in config.variants]
@@ -176,24 +193,41 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
             model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
             programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=config.beta)
             records = []
-            # A vmapped convolution with a kernel for each member becomes a grouped one, which is slow: images train one member after another.
+            # A vmapped convolution with a kernel for each member becomes a grouped one, which is slow: images train one
+            # member after another.
             for group in groups(config, variant, record, together=len(dataset.shape) == 1):
                 bar.set_description(VARIANTS[variant])
                 states, sigmas = loop.fit(
-                    path, group, programs, dataset, train, num_steps=config.num_steps, batch_size=config.batch_size, bar=bar
+                    path,
+                    group,
+                    programs,
+                    dataset,
+                    train,
+                    num_steps=config.num_steps,
+                    batch_size=config.batch_size,
+                    bar=bar,
                 )
                 member = (group.seeds, group.sigmas, states)
-                scores = vae_lib.summary(evaluation.over_split(functools.partial(programs.score, *member), dataset.test))
+                scores = vae_lib.summary(
+                    evaluation.over_split(functools.partial(programs.score, *member), dataset.test)
+                )
                 pictures = jax.device_get(programs.pictures(*member, shown))
                 sigmas[:, -1] = scores.sigma_max
                 records.append(sigmas)
                 for index, seed in enumerate(group.seeds):
                     sigma = float(group.sigmas[index] if variant in ("f", "f_star") else scores.sigma_mean[index])
                     final = {name: float(values[index]) for name, values in scores._asdict().items()}
-                    members.append({"variant": variant, "sigma": sigma, "seed": int(seed), "group": group.name, "member": index} | final)
+                    members.append(
+                        {"variant": variant, "sigma": sigma, "seed": int(seed), "group": group.name, "member": index}
+                        | final
+                    )
                     if seed == config.seed:
                         title = f"{VARIANTS[variant]}, sigma = {sigma:.3g}"
-                        panels.append(figures.Panel(title, np.asarray(datasets.to_float(shown)), *(field[index] for field in pictures)))
+                        panels.append(
+                            figures.Panel(
+                                title, np.asarray(datasets.to_float(shown)), *(field[index] for field in pictures)
+                            )
+                        )
             if variant == "ls":
                 record = np.concatenate(records)
                 runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
@@ -235,23 +269,25 @@ def row(members: Sequence[dict[str, Any]], shape: tuple[int, ...]) -> dict[str, 
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    lines = [
-        f"{'':24}{'sigma':>9}{'ELBO [nats]':>21}{'in the paper':>14}{'log p(x|z)':>13}{'KL':>10}{'MSE':>12}",
-        *(
-            f"{VARIANTS[row['variant']]:24}{row['sigma']:9.4g}{row['elbo']:12.4f} +- {row['elbo_sd']:<6.4f}{row['elbo_paper']:13.4f}"
-            f"{row['log_likelihood']:13.4f}{row['kl']:10.4f}{row['mse']:12.4g}"
-            for row in summary["rows"]
-        ),
-        f"ELBO = log p(x|z) - KL, in nats, higher is better: mean +- standard deviation over {summary['rows'][0]['num_seeds']} seeds, on "
-        f"{summary['num_test_examples']} test examples.",
-        f"It bounds the log density of x, which is positive where sigma is small. The paper leaves out a constant: its ELBO is higher by "
-        f"(n/2) log 2 pi, n = {summary['num_dimensions']}.",
-        f"sigma: final, mean over seeds (LV-VAE: and dimensions), unit: {summary['unit']}. MSE: squared error per dimension, in that unit squared.",
+    rows = [
+        f"{VARIANTS[row['variant']]:16}{row['sigma']:9.4g}{row['elbo']:12.4f} +- {row['elbo_sd']:<6.4f}"
+        f"{row['elbo_paper']:13.4f}{row['log_likelihood']:13.4f}{row['kl']:10.4f}{row['mse']:12.4g}"
+        for row in summary["rows"]
     ]
-    return "\n".join(lines)
+    return f"""\
+{"":16}{"sigma":>9}{"ELBO [nats]":>21}{"in the paper":>14}{"log p(x|z)":>13}{"KL":>10}{"MSE":>12}
+{chr(10).join(rows)}
+ELBO = log p(x|z) - KL, in nats, higher is better: mean +- standard deviation over {summary["rows"][0]["num_seeds"]} \
+seeds, on {summary["num_test_examples"]} test examples.
+It bounds the log density of x, which is positive where sigma is small. The paper leaves out a constant: its ELBO is
+higher by (n/2) log 2 pi, n = {summary["num_dimensions"]}.
+sigma: final, mean over seeds (LV-VAE: and dimensions), unit: {summary["unit"]}. MSE: per dimension, in that unit squared.
+"""
 
 
-def draw(path: Path, members: Sequence[dict[str, Any]], panels: Sequence[figures.Panel], dataset: datasets.Dataset) -> None:
+def draw(
+    path: Path, members: Sequence[dict[str, Any]], panels: Sequence[figures.Panel], dataset: datasets.Dataset
+) -> None:
     """Writes the run's figures."""
     metrics: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in runs.read_metrics(path):
@@ -259,23 +295,38 @@ def draw(path: Path, members: Sequence[dict[str, Any]], panels: Sequence[figures
 
     def curves(part: Sequence[dict[str, Any]]) -> figures.Curves:
         lines = [metrics[member["group"], member["member"]] for member in part]
-        steps, *values = ([[line[name] for line in of_member] for of_member in lines] for name in ("step", *figures.Curves._fields[1:]))
+        steps, *values = (
+            [[line[name] for line in of_member] for of_member in lines]
+            for name in ("step", *figures.Curves._fields[1:])
+        )
         return figures.Curves(np.array(steps[0]), *map(np.array, values))
 
     rows = by_row(members)
     all_curves = {title: curves(part) for title, part in rows.items()}
-    elbos = {variant: np.array([member["elbo"] for member in members if member["variant"] == variant]) for variant in VARIANTS}
-    sigmas = {variant: np.array([member["sigma"] for member in members if member["variant"] == variant]) for variant in VARIANTS}
+    elbos = {
+        variant: np.array([member["elbo"] for member in members if member["variant"] == variant])
+        for variant in VARIANTS
+    }
+    sigmas = {
+        variant: np.array([member["sigma"] for member in members if member["variant"] == variant])
+        for variant in VARIANTS
+    }
     present = [variant for variant in VARIANTS if len(elbos[variant])]
     learned = {
-        title: curve for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True) if part[0]["variant"] not in ("f", "f_star")
+        title: curve
+        for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
+        if part[0]["variant"] not in ("f", "f_star")
     }
     drawings = {
         "samples": (figures.image_panels if len(dataset.shape) == 3 else figures.plane_panels)(panels),
         "losses": figures.losses(all_curves),
         "sigma": figures.sigma_and_elbo(learned or all_curves, unit=dataset.unit),
         "elbo": figures.elbo_against_sigma(
-            {VARIANTS[variant]: (sigmas[variant], elbos[variant]) for variant in present if variant not in ("ls", "lv")},
+            {
+                VARIANTS[variant]: (sigmas[variant], elbos[variant])
+                for variant in present
+                if variant not in ("ls", "lv")
+            },
             {VARIANTS[variant]: elbos[variant] for variant in present if variant in ("ls", "lv")},
             unit=dataset.unit,
         ),
@@ -285,16 +336,38 @@ def draw(path: Path, members: Sequence[dict[str, Any]], panels: Sequence[figures
 
 
 _DEFAULTS = Config()
-flags.DEFINE_list("sigma", [str(sigma) for sigma in _DEFAULTS.sigma], "sigma of the F-VAEs in units of the data: one value or several, separated by commas")
-flags.DEFINE_list("variants", list(_DEFAULTS.variants), f"what to compare, separated by commas: {', '.join(f'{k} ({v})' for k, v in VARIANTS.items())}")
-flags.DEFINE_string("dataset", _DEFAULTS.dataset, "toy, mnist, or another TFDS image data set with train and test splits, by its TFDS name")
-flags.DEFINE_integer("num_seeds", _DEFAULTS.num_seeds, "training runs for each variant and sigma; figures show the first")
+flags.DEFINE_list(
+    "sigma",
+    [str(sigma) for sigma in _DEFAULTS.sigma],
+    "sigma of the F-VAEs in units of the data: one value or several, separated by commas",
+)
+flags.DEFINE_list(
+    "variants",
+    list(_DEFAULTS.variants),
+    f"what to compare, separated by commas: {', '.join(f'{k} ({v})' for k, v in VARIANTS.items())}",
+)
+flags.DEFINE_string(
+    "dataset",
+    _DEFAULTS.dataset,
+    "toy, mnist, or another TFDS image data set with train and test splits, by its TFDS name",
+)
+flags.DEFINE_integer(
+    "num_seeds", _DEFAULTS.num_seeds, "training runs for each variant and sigma; figures show the first"
+)
 flags.DEFINE_integer("seed", _DEFAULTS.seed, "first of the consecutive seeds")
 flags.DEFINE_integer("num_steps", _DEFAULTS.num_steps, "gradient steps (default: 3000 for the toy, 600 for images)")
 flags.DEFINE_integer("batch_size", _DEFAULTS.batch_size, "examples in each step")
 flags.DEFINE_integer("latent_size", _DEFAULTS.latent_size, "dimensions of z (default: 2 for the toy, 256 for images)")
-flags.DEFINE_float("beta", _DEFAULTS.beta, "weight of the KL in training (beta-VAE); results are always reported as ELBOs, with weight 1")
-flags.DEFINE_string("sigma_from", _DEFAULTS.sigma_from, "run directory whose LS runs give f_star and replay their sigma, instead of this run's own")
+flags.DEFINE_float(
+    "beta",
+    _DEFAULTS.beta,
+    "weight of the KL in training (beta-VAE); results are always reported as ELBOs, with weight 1",
+)
+flags.DEFINE_string(
+    "sigma_from",
+    _DEFAULTS.sigma_from,
+    "run directory whose LS runs give f_star and replay their sigma, instead of this run's own",
+)
 flags.DEFINE_string("run_dir", None, "where everything is written (default: a name below runs/ made of the flags)")
 flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
 flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")

@@ -1,7 +1,8 @@
 """Data sets as draws of examples: the toy's endless stream, and TFDS images.
 
-A batch is a pure function of (seed, step) wherever and whenever it is asked for: `indices` names the examples on the host, `batch` makes them on
-the device. Examples are [B, *S] floats: points in the toy's own lengths, or pixels in [0, 1] on the grid k/255. Images are kept as uint8.
+A batch is a pure function of (seed, step) wherever and whenever it is asked for: `indices` names the examples on the
+host, `batch` makes them on the device. Examples are [B, *S] floats: points in the toy's own lengths, or pixels in [0,
+1] on the grid k/255. Images are kept as uint8.
 """
 
 import functools
@@ -36,7 +37,8 @@ class Dataset(NamedTuple):
       train: what `batch` draws from, to be placed on the device: an array of all images, or None for a stream.
       test: [N, *S], the held-out examples, in storage form (uint8 images, float points).
       indices: (seed, step, batch_size) -> [B] int32, the examples of a training batch.
-      batch: (train, key, indices [B]) -> [B, *S], those examples. `key` is the step's; a stream draws example i from (key, i).
+      batch: (train, key, indices [B]) -> [B, *S], those examples. `key` is the step's; a stream draws example i from
+        (key, i).
     """
 
     shape: tuple[int, ...]
@@ -48,7 +50,8 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Dataset:
-    """The data set called `name`: "toy", or a TFDS image data set, downloaded and prepared first if need be (see `tfds_images`)."""
+    """The data set called `name`: "toy", or a TFDS image data set, downloaded and prepared first if need be (see
+    `tfds_images`)."""
     if name == "toy":
         return toy_stream()
     return image_dataset(*tfds_images(name, data_dir=data_dir, manual_dir=manual_dir))
@@ -67,7 +70,8 @@ def toy_stream() -> Dataset:
 
 
 def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
-    """uint8 images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from (seed, epoch)."""
+    """uint8 images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from
+    (seed, epoch)."""
 
     @functools.lru_cache(maxsize=4)
     def order(seed: int, epoch: int) -> np.ndarray:
@@ -76,7 +80,9 @@ def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
     def indices(seed: int, step: int, batch_size: int) -> np.ndarray:
         positions = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs = positions // len(train)
-        return np.concatenate([order(seed, epoch)[positions[epochs == epoch] % len(train)] for epoch in np.unique(epochs)])
+        return np.concatenate(
+            [order(seed, epoch)[positions[epochs == epoch] % len(train)] for epoch in np.unique(epochs)]
+        )
 
     return Dataset(
         shape=train.shape[1:],
@@ -93,14 +99,18 @@ def to_float(x: Array | np.ndarray) -> Float[Array, "B *S"]:
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else jnp.asarray(x)
 
 
-def tfds_images(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def tfds_images(
+    name: str, *, data_dir: str | None = None, manual_dir: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The train and test images of a TFDS data set with a fixed-shape `image` feature, uint8 [N, H, W, C].
 
-    They are decoded once and cached as .npy files in `data_dir` (default ~/tensorflow_datasets); later runs map the files into memory. A data
-    set that TFDS has not prepared yet is downloaded, or taken from the archives in `manual_dir`, and prepared, which needs TensorFlow.
+    They are decoded once and cached as .npy files in `data_dir` (default ~/tensorflow_datasets); later runs map the
+    files into memory. A data set that TFDS has not prepared yet is downloaded, or taken from the archives in
+    `manual_dir`, and prepared, which needs TensorFlow.
 
     Raises:
-      DatasetError: unknown name, no fixed-shape image, no train or test split, TensorFlow missing, or neither network nor archives.
+      DatasetError: unknown name, no fixed-shape image, no train or test split, TensorFlow missing, or neither network
+        nor archives.
     """
     builder = _builder(name, data_dir)
     folder = Path(builder.data_path)
@@ -109,13 +119,17 @@ def tfds_images(name: str, *, data_dir: str | None = None, manual_dir: str | Non
         _prepare(builder, manual_dir)
         missing = {"train", "test"} - set(builder.info.splits)
         if missing:
-            raise DatasetError(f"data set {name!r} has no {' and no '.join(sorted(missing))} split: give one that has both")
+            raise DatasetError(
+                f"data set {name!r} has no {' and no '.join(sorted(missing))} split: give one that has both"
+            )
         for split, cache in zip(("train", "test"), caches, strict=True):
             _cache_images(builder, split, cache)
     try:
         train, test = (np.load(cache, mmap_mode="r") for cache in caches)
     except ValueError:
-        raise DatasetError(f"the cached images in {folder.parent} are damaged: delete {caches[0].name} and {caches[1].name}") from None
+        raise DatasetError(
+            f"the cached images in {folder.parent} are damaged: delete {caches[0].name} and {caches[1].name}"
+        ) from None
     return train, test
 
 
@@ -135,11 +149,15 @@ def _builder(name: str, data_dir: str | None) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir and os.path.expanduser(data_dir), file_format="array_record")
     except (tfds.core.registered.DatasetNotFoundError, ValueError):
-        raise DatasetError(f"unknown data set {name!r}: give toy, mnist or the name of another TFDS image data set") from None
+        raise DatasetError(
+            f"unknown data set {name!r}: give toy, mnist or the name of another TFDS image data set"
+        ) from None
     features = builder.info.features
     shape = features["image"].shape if features is not None and "image" in features else (None,)
     if len(shape) != 3 or None in shape:
-        raise DatasetError(f"data set {name!r} has no `image` of a fixed shape [height, width, channels]: give one that has")
+        raise DatasetError(
+            f"data set {name!r} has no `image` of a fixed shape [height, width, channels]: give one that has"
+        )
     return builder
 
 
@@ -150,7 +168,9 @@ def _prepare(builder: Any, manual_dir: str | None) -> None:
     if builder.is_prepared():
         return
     if importlib.util.find_spec("tensorflow") is None:
-        raise DatasetError(f"preparing {builder.name!r} needs TensorFlow once, to unpack its archives: pip install 'lvae_jax[prepare]'")
+        raise DatasetError(
+            f"preparing {builder.name!r} needs TensorFlow once, to unpack its archives: pip install 'lvae_jax[prepare]'"
+        )
     files = {url: info.filename for url, info in builder.url_infos.items()}
     absent = {url: name for url, name in files.items() if manual_dir is None or not Path(manual_dir, name).exists()}
     # TFDS would go on trying for minutes.
@@ -159,11 +179,13 @@ def _prepare(builder: Any, manual_dir: str | None) -> None:
             requests.head(url, timeout=10)
         except requests.RequestException:
             raise DatasetError(
-                f"{builder.name!r} is not prepared and cannot be downloaded: connect to the network, or put {', '.join(absent.values())} "
-                "into the folder that --manual_dir names"
+                f"{builder.name!r} is not prepared and cannot be downloaded: connect to the network, or put "
+                f"{', '.join(absent.values())} into the folder that --manual_dir names"
             ) from None
     try:
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir and os.path.abspath(manual_dir)))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir and os.path.abspath(manual_dir))
+        )
     except Exception as error:  # any of dozens of TFDS's, requests' and the operating system's
         raise DatasetError(f"TFDS could not prepare {builder.name!r}: {str(error).splitlines()[0]}") from error
 

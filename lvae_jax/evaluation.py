@@ -13,7 +13,8 @@ from lvae_jax.vae import VAE, Params, Scores
 
 
 def score(key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[Array, " B"]) -> Scores:
-    """Scores [B] of the examples x [B, *S] in storage form (see `datasets`); their global indices `index` [B] decide the draws of z."""
+    """Scores [B] of the examples x [B, *S] in storage form (see `datasets`); their global indices `index` [B] decide
+    the draws of z."""
     x = datasets.to_float(x)
     return vae_lib.scores(vae_lib.elbo(vae_lib.example_keys(key, index), vae, params, x), x)
 
@@ -21,9 +22,11 @@ def score(key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[Ar
 def over_split(
     score_chunk: Callable[[np.ndarray, np.ndarray], Scores], examples: np.ndarray, *, chunk_size: int = 1000
 ) -> Scores:
-    """`score_chunk(x [B, *S], index [B]) -> Scores [..., B]` over all N `examples`, in chunks of one shape: numpy arrays [..., N].
+    """`score_chunk(x [B, *S], index [B]) -> Scores [..., B]` over all N `examples`, in chunks of one shape: numpy
+    arrays [..., N].
 
-    The last chunk is filled up with repeats of the last example, whose scores are dropped, so that every example counts once.
+    The last chunk is filled up with repeats of the last example, whose scores are dropped, so that every example counts
+    once.
     """
     size = len(examples)
     chunk_size = min(chunk_size, size)
@@ -35,5 +38,6 @@ def over_split(
 
 
 def paper_elbo(elbo: float, shape: Sequence[int]) -> float:
-    """The ELBO in the paper's convention, which drops the density's constant: ELBO + (n/2) log 2 pi, with n the product of `shape`."""
+    """The ELBO in the paper's convention, which drops the density's constant: ELBO + (n/2) log 2 pi, with n the product
+    of `shape`."""
     return elbo + math.prod(shape) * gaussians.HALF_LOG_TWO_PI

@@ -23,7 +23,8 @@ class Panel(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """Metrics over steps of the members of one row; steps is [T], all others [M, T]. elbo, log_likelihood and kl in nats."""
+    """Metrics over steps of the members of one row; steps is [T], all others [M, T]. elbo, log_likelihood and kl in
+    nats."""
 
     steps: np.ndarray
     elbo: np.ndarray
@@ -35,7 +36,8 @@ class Curves(NamedTuple):
 
 
 def plane_panels(panels: Sequence[Panel]) -> Figure:
-    """Points in the plane, as the paper's Figs. 4, 6 and 7: reconstructions over data, and generated samples with their means."""
+    """Points in the plane, as the paper's Figs. 4, 6 and 7: reconstructions over data, and generated samples with their
+    means."""
     figure = Figure(figsize=(9.0, 2.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, sharex=True, sharey=True, squeeze=False)
     dots = {"s": 4, "linewidths": 0, "rasterized": True}
@@ -55,13 +57,16 @@ def plane_panels(panels: Sequence[Panel]) -> Figure:
 
 
 def image_panels(panels: Sequence[Panel]) -> Figure:
-    """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and both sigma maps."""
+    """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
+    both sigma maps."""
     strips = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
         strips.append(("generated means", panel.sample_means, None))
         strips.append(("generated samples", panel.samples, None))
-        strips.append(("sigma of the\nreconstructions", panel.reconstruction_stddevs.mean(axis=-1, keepdims=True), "magma"))
+        strips.append(
+            ("sigma of the\nreconstructions", panel.reconstruction_stddevs.mean(axis=-1, keepdims=True), "magma")
+        )
     width, height = 9.0, 0.78 * len(strips)
     figure = Figure(figsize=(width, height), layout="constrained")
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
@@ -77,7 +82,8 @@ def image_panels(panels: Sequence[Panel]) -> Figure:
 
 
 def losses(curves: Mapping[str, Curves]) -> Figure:
-    """The losses over steps, as Figs. 8 and 9: -log p(x|z), the KL and their sum, a panel for each row, all members, on one scale."""
+    """The losses over steps, as Figs. 8 and 9: -log p(x|z), the KL and their sum, a panel for each row, all members, on
+    one scale."""
     figure, axes = _grid(len(curves))
     for axis, (title, curve) in zip(axes, curves.items(), strict=True):
         for values, colour, label in (
@@ -95,13 +101,16 @@ def losses(curves: Mapping[str, Curves]) -> Figure:
 
 
 def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
-    """Sigma over steps above the ELBO over steps, as Fig. 10; a band spans the smallest to the largest sigma where it is a vector."""
+    """Sigma over steps above the ELBO over steps, as Fig. 10; a band spans the smallest to the largest sigma where it
+    is a vector."""
     figure = Figure(figsize=(7.5, 6.0), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, (title, curve) in enumerate(curves.items()):
         colour = f"C{index}"
         top.plot(curve.steps, curve.sigma_mean.T, color=colour, linewidth=0.9)
-        top.fill_between(curve.steps, curve.sigma_min.min(axis=0), curve.sigma_max.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        top.fill_between(
+            curve.steps, curve.sigma_min.min(axis=0), curve.sigma_max.max(axis=0), color=colour, alpha=0.15, linewidth=0
+        )
         bottom.plot(curve.steps, curve.elbo.T, color=colour, linewidth=0.9)
         bottom.plot([], [], color=colour, label=title)
     top.set(ylabel=f"sigma [{unit}]", yscale="log")
@@ -115,7 +124,11 @@ def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
 
 
 def elbo_against_sigma(
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]], lines: Mapping[str, np.ndarray], *, unit: str, label: str = "ELBO [nats]"
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    lines: Mapping[str, np.ndarray],
+    *,
+    unit: str,
+    label: str = "ELBO [nats]",
 ) -> Figure:
     """The final ELBO of each member against its sigma, and as lines with their spread those without one sigma.
 

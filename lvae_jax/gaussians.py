@@ -1,7 +1,7 @@
 """Elementwise arithmetic of Gaussians, in nats.
 
-A Gaussian is a mean and a `log_stddev`, both of any shapes that broadcast. Nothing here sums: a density or a divergence has the broadcast
-shape of its arguments, and the caller decides over which axes to add.
+A Gaussian is a mean and a `log_stddev`, both of any shapes that broadcast. Nothing here sums: a density or a divergence
+has the broadcast shape of its arguments, and the caller decides over which axes to add.
 """
 
 import math
@@ -39,11 +39,13 @@ def kl_to_standard(mean: Float[Array, "..."], log_stddev: Float[Array, "..."]) -
 def soft_clip(value: Float[Array, "..."], low: float, high: float, *, softness: float = 0.5) -> Float[Array, "..."]:
     """Clips smoothly to the open interval (low, high).
 
-    The exact identity on [low + softness, high - softness]; outside, an exponential approach to the limit with a continuous slope that is never
-    negative and vanishes only by underflow. Unlike a clip made of softplus, it leaves ordinary values untouched to the last bit.
+    The exact identity on [low + softness, high - softness]; outside, an exponential approach to the limit with a
+    continuous slope that is never negative and vanishes only by underflow. Unlike a clip made of softplus, it leaves
+    ordinary values untouched to the last bit.
     """
     lower_knee, upper_knee = low + softness, high - softness
-    # Each exponential sees only arguments at or below zero: the branch that `where` discards must not overflow, or its gradient would be NaN.
+    # Each exponential sees only arguments at or below zero: the branch that `where` discards must not overflow, or its
+    # gradient would be NaN.
     below = lower_knee + softness * jnp.expm1(jnp.minimum(value - lower_knee, 0.0) / softness)
     above = upper_knee - softness * jnp.expm1(jnp.minimum(upper_knee - value, 0.0) / softness)
     return jnp.where(value < lower_knee, below, jnp.where(value > upper_knee, above, value))

@@ -1,7 +1,8 @@
 """Observation models p(x|z): isotropic or diagonal Gaussians that differ only in where log sigma comes from.
 
-Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels for each data dimension of x [B, *S]. Channel 0 is the mean;
-channel 1, where there is one, the log stddev. Units: sigma has the unit of x; densities are in nats, summed over *S and never averaged.
+Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels for each data dimension of x [B, *S].
+  Channel 0 is the mean; channel 1, where there is one, the log stddev. Units: sigma has the unit of x; densities are in
+  nats, summed over *S and never averaged.
 
 | head | name in the paper | log sigma |
 |---|---|---|
@@ -11,7 +12,8 @@ channel 1, where there is one, the log stddev. Units: sigma has the unit of x; d
 | `learned_vector()` | LV-VAE, Eq. 11 | a second decoder output for each data dimension |
 | `optimal()` | sigma-VAE (Rybkin et al., ICML 2021) | closed form: sigma^2 = mean squared error |
 
-The log stddev of `fixed`, `learned_scalar` and `optimal` lives in the head's parameters, so that one compiled program serves every sigma.
+The log stddev of `fixed`, `learned_scalar` and `optimal` lives in the head's parameters, so that one compiled program
+serves every sigma.
 """
 
 from collections.abc import Callable
@@ -26,12 +28,13 @@ from lvae_jax import gaussians
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
 
-# Learned log sigmas stay in this open interval, and are untouched from -6.5 to 1.5. The floor, sigma = 9e-4, lies below the quantisation noise of
-# 8-bit pixels on [0, 1], 1 / (255 sqrt 12) = 1.1e-3.
+# Learned log sigmas stay in this open interval, and are untouched from -6.5 to 1.5. The floor, sigma = 9e-4, lies below
+# the quantisation noise of 8-bit pixels on [0, 1], 1 / (255 sqrt 12) = 1.1e-3.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 
-# How much of the decoder's second channel is log sigma. At 1, log sigma outruns the mean early in training: it settles on the spread of the data,
-# where the gradient that would encode them vanishes (sigma is critical), and some seeds never leave.
+# How much of the decoder's second channel is log sigma. At 1, log sigma outruns the mean early in training: it settles
+# on the spread of the data, where the gradient that would encode them vanishes (sigma is critical), and some seeds
+# never leave.
 LOG_STDDEV_GAIN = 0.03
 
 
@@ -41,8 +44,9 @@ class Likelihood(NamedTuple):
     Attributes:
       outputs: decoder channels for each data dimension, K.
       init: () -> params, a (possibly empty) dict of arrays.
-      update: (params, step, mse) -> params in force at `step`, given the mean squared error per dimension of the batch before it. What
-        gradients do not set is set here: a schedule, or a closed form. The identity for all other heads.
+      update: (params, step, mse) -> params in force at `step`, given the mean squared error per dimension of the batch
+        before it. What gradients do not set is set here: a schedule, or a closed form. The identity for all other
+        heads.
       mean: (params, outputs [B, *S, K]) -> [B, *S].
       stddev: (params, outputs [B, *S, K]) -> [B, *S].
       log_prob: (params, outputs [B, *S, K], x [B, *S]) -> [B], log p(x|z) in nats, the full density.
@@ -84,7 +88,12 @@ def learned_scalar(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     Raises:
       ValueError: sigma is a number that is not positive.
     """
-    return _gaussian(1, _initial(sigma), _unchanged, lambda params, outputs: gaussians.soft_clip(params["log_stddev"], *LOG_STDDEV_RANGE))
+    return _gaussian(
+        1,
+        _initial(sigma),
+        _unchanged,
+        lambda params, outputs: gaussians.soft_clip(params["log_stddev"], *LOG_STDDEV_RANGE),
+    )
 
 
 def learned_vector(sigma: float = 1.0) -> Likelihood:
@@ -94,14 +103,20 @@ def learned_vector(sigma: float = 1.0) -> Likelihood:
       ValueError: sigma is a number that is not positive.
     """
     log_sigma = _initial(sigma)()["log_stddev"]
-    return _gaussian(2, dict, _unchanged, lambda params, outputs: gaussians.soft_clip(log_sigma + LOG_STDDEV_GAIN * outputs[..., 1], *LOG_STDDEV_RANGE))
+    return _gaussian(
+        2,
+        dict,
+        _unchanged,
+        lambda params, outputs: gaussians.soft_clip(log_sigma + LOG_STDDEV_GAIN * outputs[..., 1], *LOG_STDDEV_RANGE),
+    )
 
 
 def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
-    """sigma-VAE: N(mean, sigma^2 I), sigma^2 = the mean squared error per dimension of the batch before; `sigma` serves the first step.
+    """sigma-VAE: N(mean, sigma^2 I), sigma^2 = the mean squared error per dimension of the batch before; `sigma` serves
+    the first step.
 
-    Rybkin et al. take the error of the same batch. The batch before gives the same gradients in expectation, and keeps p(x|z) a density of
-    one example: no example sets the sigma by which it is judged.
+    Rybkin et al. take the error of the same batch. The batch before gives the same gradients in expectation, and keeps
+    p(x|z) a density of one example: no example sets the sigma by which it is judged.
 
     Raises:
       ValueError: sigma is a number that is not positive.
@@ -113,12 +128,19 @@ def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     return _gaussian(1, _initial(sigma), update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
 
 
-HEADS: dict[str, Callable[..., Likelihood]] = {"f": fixed, "ls": learned_scalar, "lv": learned_vector, "optimal": optimal}
-"""Every head by its short name; each takes its (initial) sigma. The command line and the property tests read this table."""
+HEADS: dict[str, Callable[..., Likelihood]] = {
+    "f": fixed,
+    "ls": learned_scalar,
+    "lv": learned_vector,
+    "optimal": optimal,
+}
+"""Every head by its short name; each takes its (initial) sigma. The command line and the property tests read this
+table."""
 
 
 def geometric(init: float, end: float, num_steps: int) -> Schedule:
-    """A schedule that decays sigma from `init` at step 0 to `end` at `num_steps` by a constant factor, and stays there."""
+    """A schedule that decays sigma from `init` at step 0 to `end` at `num_steps` by a constant factor, and stays
+    there."""
     return lambda step: init * (end / init) ** jnp.minimum(step / num_steps, 1.0)
 
 
@@ -142,7 +164,9 @@ def _gaussian(
         return jnp.broadcast_to(jnp.exp(log_stddev(params, outputs)), outputs.shape[:-1])
 
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
-        return jnp.sum(gaussians.log_prob(x, outputs[..., 0], log_stddev(params, outputs)), axis=tuple(range(1, x.ndim)))
+        return jnp.sum(
+            gaussians.log_prob(x, outputs[..., 0], log_stddev(params, outputs)), axis=tuple(range(1, x.ndim))
+        )
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return gaussians.sample(key, outputs[..., 0], log_stddev(params, outputs))

@@ -1,9 +1,11 @@
 """Encoders and decoders as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
 
-An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's `apply(params, z [B, L])` gives the
-outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of these shapes may stand in for them.
+An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's
+`apply(params, z [B, L])` gives the outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of
+these shapes may stand in for them.
 
-The last layer starts small: the posterior starts near the prior, the decoder's mean near zero and a learned log sigma near its initial value.
+The last layer starts small: the posterior starts near the prior, the decoder's mean near zero and a learned log sigma
+near its initial value.
 """
 
 import math
@@ -11,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -24,29 +25,39 @@ _small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 
 class Network(NamedTuple):
-    """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and decoders."""
+    """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and
+    decoders."""
 
     init: Callable[[Key[Array, ""]], Any]
     apply: Callable[[Any, Float[Array, "..."]], Any]
 
 
 def mlp_encoder(shape: Sequence[int], latent_size: int, *, width: int = 200, num_blocks: int = 4) -> Network:
-    """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size` dimensions."""
+    """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size`
+    dimensions."""
     return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks), shape)
 
 
-def mlp_decoder(shape: Sequence[int], outputs: int, latent_size: int, *, width: int = 200, num_blocks: int = 4) -> Network:
+def mlp_decoder(
+    shape: Sequence[int], outputs: int, latent_size: int, *, width: int = 200, num_blocks: int = 4
+) -> Network:
     """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs]."""
     return _decoder(_ResidualMLP(math.prod(shape) * outputs, width, num_blocks), shape, outputs, latent_size)
 
 
-def conv_encoder(shape: Sequence[int], latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4) -> Network:
-    """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST: 3 and 4)."""
+def conv_encoder(
+    shape: Sequence[int], latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4
+) -> Network:
+    """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST:
+    3 and 4)."""
     return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks), shape)
 
 
-def conv_decoder(shape: Sequence[int], outputs: int, latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4) -> Network:
-    """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C, outputs]."""
+def conv_decoder(
+    shape: Sequence[int], outputs: int, latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4
+) -> Network:
+    """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C,
+    outputs]."""
     return _decoder(_ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks), shape, outputs, latent_size)
 
 

@@ -88,7 +88,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def rewind_metrics(path: Path, group: str, step: int) -> None:
     """Drops the lines of `group` after `step`: a resumed run writes them again."""
     rows = [row for row in read_metrics(path) if row["group"] != group or row["step"] <= step]
-    replace(path / "metrics.jsonl", lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    replace(
+        path / "metrics.jsonl", lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
 
 
 class Checkpoints:
@@ -116,7 +118,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises whatever its storage layers raise
             raise RunError(
-                f"the checkpoint {self._path / str(step)} is damaged or of another shape: delete {self._path} to train this part again"
+                f"the checkpoint {self._path / str(step)} is damaged or of another shape: "
+                f"delete {self._path} to train this part again"
             ) from error
 
     def close(self) -> None:

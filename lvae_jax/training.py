@@ -1,7 +1,7 @@
 """One gradient step, and how it is mapped over sweep members and fused over steps.
 
-Everything random in a run derives from one key: `fold_in` of the step, then of the example's global index. A run that is resumed, or split over
-devices, draws the same numbers; nothing but the step needs saving.
+Everything random in a run derives from one key: `fold_in` of the step, then of the example's global index. A run that
+is resumed, or split over devices, draws the same numbers; nothing but the step needs saving.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from lvae_jax import vae as vae_lib
 from lvae_jax.vae import VAE, Params, Scores
 
-# Adam moves a parameter by at most about one learning rate a step, and log sigma of an LS-VAE is a single parameter with some three nats to go.
-# At this multiple of the networks' rate, it follows them instead of limiting them.
+# Adam moves a parameter by at most about one learning rate a step, and log sigma of an LS-VAE is a single parameter
+# with some three nats to go. At this multiple of the networks' rate, it follows them instead of limiting them.
 SIGMA_RATE = 10.0
 
 
@@ -31,7 +31,8 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Of one training batch, under the parameters that the step began with; all [] floats.
 
-    scores: the batch's summary; gradient_norm: of the mean loss in nats with respect to all parameters, before clipping.
+    scores: the batch's summary; gradient_norm: of the mean loss in nats with respect to all parameters, before
+      clipping.
     """
 
     scores: Scores
@@ -39,7 +40,8 @@ class Metrics(NamedTuple):
 
 
 def optimizer(num_steps: int, *, learning_rate: float = 2e-3, clip_norm: float = 1.0) -> optax.GradientTransformation:
-    """Adam on gradients clipped to a global norm, its rate decayed to zero by a half cosine over `num_steps`; `SIGMA_RATE` times that for log sigma.
+    """Adam on gradients clipped to a global norm, its rate decayed to zero by a half cosine over `num_steps`;
+    `SIGMA_RATE` times that for log sigma.
 
     The same for every variant. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
     """
@@ -61,7 +63,13 @@ def init(key: Key[Array, ""], vae: VAE, optimizer: optax.GradientTransformation)
 
 
 def train_step(
-    key: Key[Array, ""], vae: VAE, optimizer: optax.GradientTransformation, state: TrainState, x: Float[Array, "B *S"], *, beta: float = 1.0
+    key: Key[Array, ""],
+    vae: VAE,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    x: Float[Array, "B *S"],
+    *,
+    beta: float = 1.0,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient ascent on the batch mean of log p(x|z) - beta KL; beta = 1 is the ELBO.
 
@@ -87,8 +95,14 @@ def train_step(
 Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
 
 
-def members_init(seeds: Int[Array, " M"], sigmas: Float[Array, " M *T"], make_vae: Callable[..., VAE], optimizer: optax.GradientTransformation) -> TrainState:
-    """The states of M sweep members, stacked: member m has the model `make_vae(sigmas[m])` and draws its parameters from seeds[m]."""
+def members_init(
+    seeds: Int[Array, " M"],
+    sigmas: Float[Array, " M *T"],
+    make_vae: Callable[..., VAE],
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """The states of M sweep members, stacked: member m has the model `make_vae(sigmas[m])` and draws its parameters
+    from seeds[m]."""
 
     def one(seed: Int[Array, ""], sigma: Float[Array, "*T"]) -> TrainState:
         return init(jax.random.fold_in(jax.random.key(seed), 0), make_vae(sigma), optimizer)
@@ -113,7 +127,9 @@ def members_steps(
     Members with the same seed see the same data and the same noise, whatever their sigma: their differences are paired.
     """
 
-    def one(seed: Int[Array, ""], sigma: Float[Array, "*T"], state: TrainState, indices: Int[Array, "K B"]) -> tuple[TrainState, Metrics]:
+    def one(
+        seed: Int[Array, ""], sigma: Float[Array, "*T"], state: TrainState, indices: Int[Array, "K B"]
+    ) -> tuple[TrainState, Metrics]:
         vae = make_vae(sigma)
         run_key = jax.random.fold_in(jax.random.key(seed), 1)
 

@@ -1,8 +1,8 @@
 """The variational auto-encoder and its bounds on log p(x), in nats.
 
-Model: p(z) = N(0, I), p(x|z) = an observation model from `likelihoods`; q(z|x) = N(mean, diag stddev^2) from the encoder. Every bound is per
-example, [B]; the mean over examples is the caller's last line. Randomness comes from `keys` [B], one for each example, so that no number
-depends on how a batch is split over devices.
+Model: p(z) = N(0, I), p(x|z) = an observation model from `likelihoods`; q(z|x) = N(mean, diag stddev^2) from the
+  encoder. Every bound is per example, [B]; the mean over examples is the caller's last line. Randomness comes from
+  `keys` [B], one for each example, so that no number depends on how a batch is split over devices.
 """
 
 from typing import Any, NamedTuple
@@ -69,7 +69,11 @@ class Scores(NamedTuple):
 def init(key: Key[Array, ""], vae: VAE) -> Params:
     """Initial parameters of all three parts."""
     encoder_key, decoder_key = jax.random.split(key)
-    return {"encoder": vae.encoder.init(encoder_key), "decoder": vae.decoder.init(decoder_key), "likelihood": vae.likelihood.init()}
+    return {
+        "encoder": vae.encoder.init(encoder_key),
+        "decoder": vae.decoder.init(decoder_key),
+        "likelihood": vae.likelihood.init(),
+    }
 
 
 def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -115,9 +119,11 @@ def summary(scores: Scores) -> Scores:
 def importance_bound(
     keys: Key[Array, " B"], vae: VAE, params: Params, x: Float[Array, "B *S"], *, num_samples: int
 ) -> Float[Array, " B"]:
-    """log (1/k) sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): a bound on log p(x) in nats that is tighter the larger k = num_samples.
+    """log (1/k) sum_k p(x|z_k) p(z_k) / q(z_k|x), z_k ~ q(z|x): a bound on log p(x) in nats that is tighter the larger
+    k = num_samples.
 
-    Burda et al., Importance Weighted Autoencoders, ICLR 2016, Eq. 8. Its expectation lies between the ELBO (k = 1) and log p(x).
+    Burda et al., Importance Weighted Autoencoders, ICLR 2016, Eq. 8. Its expectation lies between the ELBO (k = 1) and
+    log p(x).
     """
     mean, log_stddev = vae.encoder.apply(params["encoder"], x)
 
@@ -142,9 +148,14 @@ def reconstruct(vae: VAE, params: Params, x: Float[Array, "B *S"]) -> tuple[Floa
 def generate(
     key: Key[Array, ""], vae: VAE, params: Params, *, num_samples: int
 ) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"], Float[Array, "B *S"]]:
-    """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from: (samples, means, stddevs)."""
+    """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from:
+    (samples, means, stddevs)."""
     prior_key, likelihood_key = jax.random.split(key)
     z = jax.random.normal(prior_key, (num_samples, vae.latent_size))
     outputs = vae.decoder.apply(params["decoder"], z)
     head, head_params = vae.likelihood, params["likelihood"]
-    return head.sample(likelihood_key, head_params, outputs), head.mean(head_params, outputs), head.stddev(head_params, outputs)
+    return (
+        head.sample(likelihood_key, head_params, outputs),
+        head.mean(head_params, outputs),
+        head.stddev(head_params, outputs),
+    )
