@@ -281,7 +281,7 @@ ELBO = log p(x|z) - KL, in nats, higher is better: mean +- standard deviation ov
 seeds, on {summary["num_test_examples"]} test examples.
 It bounds the log density of x, which is positive where sigma is small. The paper leaves out a constant: its ELBO is
 higher by (n/2) log 2 pi, n = {summary["num_dimensions"]}.
-sigma: final, mean over seeds (LV-VAE: and dimensions), unit: {summary["unit"]}. MSE: per dimension, in that unit squared.
+sigma: final, mean over seeds (LV-VAE: and dimensions); unit: {summary["unit"]}. MSE: per dimension, that unit squared.
 """
 
 
