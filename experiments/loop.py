@@ -117,19 +117,17 @@ def fit(
     bar.update(step * len(group.seeds))
 
     interval = log_interval(num_steps)
-    # On a CPU a scan over steps gains nothing for the MLPs, and the convolutions in it run several times slower (jax
-    # issue 12868).
-    fused = 1 if jax.default_backend() == "cpu" else interval
+    fused = 1 if jax.default_backend() == "cpu" else interval  # a CPU gains nothing from fusing, see training
     saved = time.monotonic()
     while step < num_steps:
         parts = []
         for start in range(step, step + interval, fused):
             indices = [
-                [dataset.indices(int(seed), s, batch_size) for s in range(start, start + fused)] for seed in group.seeds
+                [dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in range(start, start + fused)
             ]
             states, metrics = programs.steps(group.seeds, group.sigmas, states, train, np.asarray(indices))
             parts.append(metrics)
-        metrics = jax.tree.map(lambda *columns: np.concatenate(columns, axis=1), *jax.device_get(parts))
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *jax.device_get(parts))  # [M, interval]
         record[:, step : step + interval] = metrics.scores.sigma_max
         step += interval
         scores = vae_lib.summary(metrics.scores)

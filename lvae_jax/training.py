@@ -97,7 +97,7 @@ Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
 
 def members_init(
     seeds: Int[Array, " M"],
-    sigmas: Float[Array, " M *T"],
+    sigmas: Float[Array, "M *T"],
     make_vae: Callable[..., VAE],
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
@@ -112,31 +112,33 @@ def members_init(
 
 def members_steps(
     seeds: Int[Array, " M"],
-    sigmas: Float[Array, " M *T"],
+    sigmas: Float[Array, "M *T"],
     states: TrainState,
     train: Any,
-    indices: Int[Array, "M K B"],
+    indices: Int[Array, "K M B"],
     *,
     make_vae: Callable[..., VAE],
     optimizer: optax.GradientTransformation,
     batch: Batch,
     beta: float = 1.0,
 ) -> tuple[TrainState, Metrics]:
-    """K steps of each of M sweep members, as one program: vmapped over members, scanned over steps. Metrics are [M, K].
+    """K steps of each of M sweep members, as one program: vmapped over members, scanned over steps. Metrics are [K, M].
 
     Members with the same seed see the same data and the same noise, whatever their sigma: their differences are paired.
     """
 
     def one(
-        seed: Int[Array, ""], sigma: Float[Array, "*T"], state: TrainState, indices: Int[Array, "K B"]
+        seed: Int[Array, ""], sigma: Float[Array, "*T"], state: TrainState, indices: Int[Array, " B"]
     ) -> tuple[TrainState, Metrics]:
-        vae = make_vae(sigma)
-        run_key = jax.random.fold_in(jax.random.key(seed), 1)
+        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+        data_key, noise_key = jax.random.split(step_key)
+        x = batch(train, data_key, indices)
+        return train_step(noise_key, make_vae(sigma), optimizer, state, x, beta=beta)
 
-        def body(state: TrainState, indices: Int[Array, " B"]) -> tuple[TrainState, Metrics]:
-            data_key, noise_key = jax.random.split(jax.random.fold_in(run_key, state.step))
-            return train_step(noise_key, vae, optimizer, state, batch(train, data_key, indices), beta=beta)
+    def step(states: TrainState, indices: Int[Array, "M B"]) -> tuple[TrainState, Metrics]:
+        return jax.vmap(one)(seeds, sigmas, states, indices)
 
-        return jax.lax.scan(body, state, indices)
-
-    return jax.vmap(one)(seeds, sigmas, states, indices)
+    if len(indices) == 1:  # even a loop of one step makes convolutions on a CPU many times slower (jax issue 12868)
+        states, metrics = step(states, indices[0])
+        return states, jax.tree.map(lambda value: value[None], metrics)
+    return jax.lax.scan(step, states, indices)
