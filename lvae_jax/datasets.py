@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from lvae_jax import toy, vae
 
 TOY_TEST_SIZE = 10_000
+TOY_TEST_SEED = 2**31 - 1  # apart from the seeds of training
 
 
 class DatasetError(Exception):
@@ -63,7 +64,7 @@ def toy_stream() -> Dataset:
         shape=toy.SHAPE,
         unit="toy length",
         train=None,
-        test=np.asarray(toy.sample(vae.example_keys(jax.random.key(0), jnp.arange(TOY_TEST_SIZE)))),
+        test=np.asarray(toy.sample(vae.example_keys(jax.random.key(TOY_TEST_SEED), jnp.arange(TOY_TEST_SIZE)))),
         indices=lambda seed, step, batch_size: np.arange(batch_size, dtype=np.int32),
         batch=lambda train, key, indices: toy.sample(vae.example_keys(key, indices)),
     )
@@ -78,11 +79,13 @@ def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
         return np.random.default_rng((seed, epoch)).permutation(len(train)).astype(np.int32)
 
     def indices(seed: int, step: int, batch_size: int) -> np.ndarray:
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = positions // len(train)
-        return np.concatenate(
-            [order(seed, epoch)[positions[epochs == epoch] % len(train)] for epoch in np.unique(epochs)]
-        )
+        first, last = step * batch_size, (step + 1) * batch_size
+        size = len(train)
+        parts = [
+            order(seed, epoch)[max(first - epoch * size, 0) : last - epoch * size]
+            for epoch in range(first // size, -(-last // size))
+        ]
+        return np.concatenate(parts)
 
     return Dataset(
         shape=train.shape[1:],
@@ -96,7 +99,8 @@ def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
 
 def to_float(x: Array | np.ndarray) -> Float[Array, "B *S"]:
     """Examples in storage form as the model sees them: uint8 to the grid k/255 on [0, 1], floats unchanged."""
-    return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else jnp.asarray(x)
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
 
 
 def tfds_images(

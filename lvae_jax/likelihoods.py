@@ -96,7 +96,7 @@ def learned_scalar(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     )
 
 
-def learned_vector(sigma: float = 1.0) -> Likelihood:
+def learned_vector(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + 0.03 times the decoder's second channel.
 
     Raises:

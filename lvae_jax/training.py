@@ -89,7 +89,7 @@ def train_step(
     scores = vae_lib.summary(vae_lib.scores(terms, x))
     step = state.step + 1
     params["likelihood"] = vae.likelihood.update(params["likelihood"], step, scores.mse)
-    return TrainState(step, params, opt_state), Metrics(scores, optax.global_norm(gradients))
+    return TrainState(step, params, opt_state), Metrics(scores, optax.tree.norm(gradients))
 
 
 Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]

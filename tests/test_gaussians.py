@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from lvae_jax import gaussians
+
+KEY = jax.random.key(0)
+GAUSSIANS = [(0.0, 0.0), (0.7, -1.5), (-3.0, 0.5), (2.0, 1.2)]  # (mean, log_stddev)
+CLIPS = [(-7.0, 2.0, 0.5), (-10.0, 1.0, 0.5), (-1.0, 1.0, 0.25), (-0.25, 8.0, 0.125)]  # (low, high, softness)
+
+
+def float32(*values):
+    """The values as the library sees them, for it and, exactly the same, for a float64 reference."""
+    arrays = [np.float32(v) for v in values]
+    return [jnp.asarray(a) for a in arrays], [np.float64(a) for a in arrays]
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, -250.0])
+def test_log_prob_is_scipys_from_the_centre_to_far_tails(mean):
+    log_stddev, deviation = np.meshgrid(np.linspace(-7.0, 5.0, 25), [-1e3, -30.0, -5.0, -1.0, 0.0, 0.3, 2.0, 9.0, 1e4])
+    ours, (x, m, s) = float32(mean + deviation * np.exp(log_stddev), mean, log_stddev)
+    expected = stats.norm.logpdf(x, m, np.exp(s))
+    np.testing.assert_allclose(gaussians.log_prob(*ours), expected, rtol=3e-6, atol=3e-6)
+
+
+def test_log_prob_survives_a_stddev_whose_square_underflows():
+    stddev = float(np.exp(-60.0))
+    value = gaussians.log_prob(jnp.array([0.0, 2.0 * stddev]), jnp.array(0.0), jnp.array(-60.0))
+    np.testing.assert_allclose(value, 60.0 - 0.5 * np.log(2.0 * np.pi) - np.array([0.0, 2.0]), rtol=1e-5)
+
+
+def test_nothing_sums_and_everything_broadcasts():
+    x, mean, log_stddev = jnp.zeros((2, 1, 4)), jnp.zeros((1, 3, 1)), jnp.zeros(())
+    assert gaussians.log_prob(x, mean, log_stddev).shape == (2, 3, 4)
+    assert gaussians.kl_to_standard(x, mean).shape == (2, 3, 4)
+    draws = gaussians.sample(KEY, x, mean)
+    assert draws.shape == (2, 3, 4)
+    assert len(np.unique(draws)) == draws.size, "broadcasting repeated the noise"
+
+
+@pytest.mark.parametrize(("mean", "log_stddev"), GAUSSIANS)
+def test_sample_has_the_moments_and_the_distribution_of_its_gaussian(mean, log_stddev):
+    n, stddev = 20_000, np.exp(log_stddev)
+    draws = np.float64(gaussians.sample(KEY, jnp.full((n,), mean), jnp.array(log_stddev)))
+    assert abs(draws.mean() - mean) < 4.0 * stddev / np.sqrt(n)
+    assert abs(draws.std() - stddev) < 4.0 * stddev / np.sqrt(2.0 * n)
+    assert stats.kstest(draws, stats.norm(mean, stddev).cdf).pvalue > 1e-3
+
+
+def test_sample_is_reparameterised_and_a_function_of_its_key():
+    mean, log_stddev = jnp.array(0.7), jnp.array(-1.5)
+    draw, gradients = jax.value_and_grad(lambda args: gaussians.sample(KEY, *args))((mean, log_stddev))
+    np.testing.assert_allclose(gradients, (1.0, draw - mean), rtol=1e-5)
+    assert draw == gaussians.sample(KEY, mean, log_stddev)
+    assert draw != gaussians.sample(jax.random.key(1), mean, log_stddev)
+
+
+def test_kl_is_its_closed_form():
+    ours, (m, s) = float32(*np.meshgrid(np.linspace(-30.0, 30.0, 13), np.linspace(-10.0, 3.0, 14)))
+    np.testing.assert_allclose(gaussians.kl_to_standard(*ours), (m**2 + np.exp(2 * s) - 1 - 2 * s) / 2, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("mean", "log_stddev"), GAUSSIANS)
+def test_kl_is_the_integral_of_its_definition(mean, log_stddev):
+    q, p = stats.norm(mean, np.exp(log_stddev)), stats.norm()
+    low, high = q.mean() - 12.0 * q.std(), q.mean() + 12.0 * q.std()
+    expected, _ = integrate.quad(lambda z: q.pdf(z) * (q.logpdf(z) - p.logpdf(z)), low, high)
+    np.testing.assert_allclose(
+        gaussians.kl_to_standard(jnp.array(mean), jnp.array(log_stddev)), expected, rtol=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(("mean", "log_stddev"), [(0.0, 1e-3), (0.0, -1e-3), (0.0, 1e-4), (1e-4, 0.0), (1e-5, -1e-4)])
+def test_kl_keeps_its_digits_near_the_prior(mean, log_stddev):
+    ours, (m, s) = float32(mean, log_stddev)
+    series = m**2 / 2 + s**2 + 2 * s**3 / 3 + s**4 / 3
+    # exp(2 s) - 1, rounded, is off by 6e-8: 3 % of the KL at s = 1e-3, and six times the KL at 1e-4.
+    np.testing.assert_allclose(gaussians.kl_to_standard(*ours), series, rtol=2e-3)
+
+
+def test_kl_vanishes_at_the_prior_with_its_gradient():
+    value, gradients = jax.value_and_grad(gaussians.kl_to_standard, (0, 1))(jnp.array(0.0), jnp.array(0.0))
+    assert (value, *gradients) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(("low", "high", "softness"), CLIPS)
+def test_soft_clip_is_the_identity_to_the_last_bit(low, high, softness, transform):
+    value = jnp.linspace(low + softness, high - softness, 1001).clip(low + softness, high - softness)
+    clipped = transform(lambda v: gaussians.soft_clip(v, low, high, softness=softness))(value)
+    np.testing.assert_array_equal(clipped, value)
+
+
+def test_soft_clip_softens_the_last_half_by_default():
+    value = jnp.linspace(-9.0, 4.0, 101)
+    expected = gaussians.soft_clip(value, -7.0, 2.0, softness=0.5)
+    np.testing.assert_array_equal(gaussians.soft_clip(value, -7.0, 2.0), expected)
+
+
+@pytest.mark.parametrize(("low", "high", "softness"), CLIPS)
+def test_soft_clip_approaches_its_limits_exponentially_with_a_continuous_slope(low, high, softness):
+    (value,), (v,) = float32(np.linspace(low - 5.0 * softness, high + 5.0 * softness, 4001))
+    clip = jax.vmap(jax.value_and_grad(lambda v: gaussians.soft_clip(v, low, high, softness=softness)))
+    clipped, slope = clip(value)
+    # Value and slope match the identity's at the knee: that leaves one exponential.
+    knee = np.clip(v, low + softness, high - softness)
+    expected_slope = np.exp(-abs(v - knee) / softness)
+    np.testing.assert_allclose(
+        clipped, knee + softness * np.sign(v - knee) * (1.0 - expected_slope), rtol=3e-7, atol=1e-6
+    )
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4)
+    assert jnp.all(jnp.diff(clipped) >= 0.0)
+    assert jnp.all((low < clipped) & (clipped < high) & (slope > 0.0))
+
+
+@pytest.mark.parametrize("value", [1e2, 1e10, 1e30, float(jnp.finfo(jnp.float32).max), float("inf")])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_soft_clip_and_its_slope_stay_finite_at_any_value(value, sign):
+    clipped, slope = jax.value_and_grad(lambda v: gaussians.soft_clip(v, -7.0, 2.0))(jnp.array(sign * value))
+    assert clipped == (2.0 if sign > 0 else -7.0)
+    assert 0.0 <= slope < 1e-30

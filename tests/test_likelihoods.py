@@ -1,0 +1,327 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from scipy import stats
+
+from lvae_jax import gaussians, likelihoods
+from lvae_jax.likelihoods import HEADS
+
+KEY = jax.random.key(0)
+MSE = jnp.float32(0.04)
+SHAPES = [(2,), (3, 4, 1)]
+
+# Every property that takes `make` is one of all heads: a new row of HEADS inherits it.
+every_head = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+scalar_heads = pytest.mark.parametrize(
+    "make", [HEADS[name] for name in ("f", "ls", "optimal")], ids=("f", "ls", "optimal")
+)
+
+
+def outputs_for(head, *shape):
+    """Decoder outputs [*shape, K]: means of order one, further channels large enough to move a learned log sigma."""
+    return jax.random.normal(jax.random.key(7), (*shape, head.outputs)) * jnp.where(
+        jnp.arange(head.outputs) == 0, 1.0, 20.0
+    ).reshape((1,) * len(shape) + (-1,))
+
+
+def data_for(head, params, outputs):
+    """Data some 2 stddevs from the mean."""
+    return head.mean(params, outputs) + 2.0 * head.stddev(params, outputs) * jax.random.normal(
+        jax.random.key(8), outputs.shape[:-1]
+    )
+
+
+def standard_errors(draws):
+    """How many standard errors the mean over the first axis is away from zero; 0 for what is always zero."""
+    draws = np.float64(draws)
+    return np.abs(draws.mean(0)) / (draws.std(0) / np.sqrt(len(draws)) + 1e-12)
+
+
+# Densities
+
+
+@every_head
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 1.0, 4.0])
+def test_log_prob_is_scipys_summed_over_the_data_dimensions(make, shape, sigma):
+    head = make(sigma)
+    params, outputs = head.init(), outputs_for(head, 5, *shape)
+    x, mean, stddev = data_for(head, params, outputs), head.mean(params, outputs), head.stddev(params, outputs)
+    assert mean.shape == stddev.shape == (5, *shape)
+    expected = stats.norm.logpdf(*map(np.float64, (x, mean, stddev))).sum(tuple(range(1, x.ndim)))
+    np.testing.assert_allclose(head.log_prob(params, outputs, x), expected, rtol=1e-5, atol=1e-4)
+
+
+@every_head
+@pytest.mark.parametrize("sigma", [0.05, 1.0])
+def test_density_integrates_to_one(make, sigma):
+    head = make(sigma)
+    params, output = head.init(), outputs_for(head, 1, 1)
+    # The trapezoid rule converges exponentially on a Gaussian.
+    deviation = jnp.linspace(-10.0, 10.0, 201)[:, None]
+    x = head.mean(params, output) + deviation * head.stddev(params, output)
+    density = np.exp(np.float64(head.log_prob(params, output.repeat(len(x), 0), x)))
+    np.testing.assert_allclose(np.trapezoid(density, x[:, 0]), 1.0, rtol=1e-5)
+
+
+@every_head
+def test_mean_is_the_first_channel_and_stddev_starts_at_sigma(make):
+    head = make(0.3)
+    outputs = outputs_for(head, 5, 3, 4, 1)
+    np.testing.assert_array_equal(head.mean(head.init(), outputs), outputs[..., 0])
+    np.testing.assert_allclose(head.stddev(head.init(), outputs.at[..., 1:].set(0.0)), 0.3, rtol=1e-6)
+
+
+def test_learned_vector_takes_log_sigma_from_the_second_channel():
+    head = likelihoods.learned_vector(0.3)
+    outputs = outputs_for(head, 5, 3, 4, 1)
+    expected = 0.3 * np.exp(0.03 * np.float64(outputs[..., 1]))
+    np.testing.assert_allclose(head.stddev({}, outputs), expected, rtol=1e-6)
+
+
+@every_head
+@pytest.mark.parametrize("sigma", [1e-4, 1.0, 100.0])
+def test_density_and_gradients_are_finite_at_extremes(make, sigma):
+    head = make(sigma)
+    values = list(itertools.product([0.0, 1e3, -1e3], [0.0, 1e3, -1e3]))
+    x, extra = jnp.array(values).T
+    outputs = jnp.stack([jnp.zeros_like(x), *[extra] * (head.outputs - 1)], -1)[:, None]
+    for params in (
+        head.init(),
+        jax.tree.map(lambda p: p - 10.0, head.init()),
+        head.update(head.init(), jnp.int32(3), 0 * MSE),
+    ):
+        value = head.log_prob(params, outputs, x[:, None])
+        gradients = jax.grad(lambda *args: head.log_prob(*args, x[:, None]).sum(), (0, 1))(params, outputs)
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradients)))
+
+
+@pytest.mark.parametrize("value", [-1e30, -1e3, 1e3, 1e30])
+def test_learned_sigmas_stay_in_their_range(value):
+    scalar, vector = likelihoods.learned_scalar(), likelihoods.learned_vector()
+    low, high = np.exp(likelihoods.LOG_STDDEV_RANGE)
+    outputs = jnp.array([[[0.0, value]]])
+    for stddev in (scalar.stddev({"log_stddev": jnp.array(value)}, outputs[..., :1]), vector.stddev({}, outputs)):
+        np.testing.assert_allclose(stddev, low if value < 0 else high, rtol=1e-5)
+
+
+# Samplers
+
+
+def identities(head, params, outputs, x):
+    """Functions of x whose expectations are zero where x is drawn from the head's own density, whatever that is.
+
+    The score, E d/dtheta log p = 0; and by parts E d/dx log p = 0 and E [(x - mean) d/dx log p] = -1, which also test
+    the sigma of a head that gives it no gradient.
+    """
+    score = jax.grad(
+        lambda *args: head.log_prob(*args, x)[0],
+        (
+            0,
+            1,
+        ),
+    )(params, outputs)
+    slope = jax.grad(lambda x: head.log_prob(params, outputs, x)[0])(x)
+    return ravel_pytree((score, slope, (x - head.mean(params, outputs)) * slope + 1.0))[0]
+
+
+WRONG_SAMPLERS = {
+    "too wide": lambda x, mean, stddev: mean + 1.1 * (x - mean),
+    "too narrow": lambda x, mean, stddev: mean + 0.9 * (x - mean),
+    "shifted": lambda x, mean, stddev: x + 0.1 * stddev,
+    "variance for stddev": lambda x, mean, stddev: mean + stddev * (x - mean),
+}
+
+
+@every_head
+def test_sampler_matches_the_density_and_wrong_ones_do_not(make):
+    head = make(0.3)
+    params, outputs = head.init(), outputs_for(head, 1, 2)
+    mean, stddev = head.mean(params, outputs)[None], head.stddev(params, outputs)[None]
+    draws = jax.vmap(lambda key: head.sample(key, params, outputs))(jax.random.split(KEY, 20_000))
+    check = jax.jit(jax.vmap(lambda x: identities(head, params, outputs, x)))
+    assert standard_errors(check(draws)).max() < 4.5
+    for name, wrong in WRONG_SAMPLERS.items():
+        assert standard_errors(check(wrong(draws, mean, stddev))).max() > 9.0, f"{name} passes for the head's own"
+
+
+@every_head
+def test_samples_have_the_moments_of_the_head_and_independent_noise(make):
+    head, n = make(0.3), 20_000
+    params, outputs = head.init(), outputs_for(head, 3, 2, 2)
+    draws = jax.vmap(lambda key: head.sample(key, params, outputs))(jax.random.split(KEY, n))
+    noise = ((draws - head.mean(params, outputs)[None]) / head.stddev(params, outputs)[None]).reshape(n, -1)
+    assert standard_errors(noise).max() < 4.5
+    assert standard_errors(noise**2 - 1.0).max() < 4.5
+    correlations = np.corrcoef(noise.T) - np.eye(noise.shape[1])
+    assert np.abs(correlations).max() < 4.5 / np.sqrt(n), "examples or dimensions share their noise"
+
+
+@every_head
+def test_sample_is_a_function_of_its_key(make):
+    head = make(0.3)
+    params, outputs = head.init(), outputs_for(head, 3, 2)
+    first, again, other = (head.sample(jax.random.key(seed), params, outputs) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not jnp.any(first == other)
+
+
+# Where sigma comes from
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+def test_sigma_must_be_a_positive_number(make, bad):
+    with pytest.raises(ValueError, match="sigma"):
+        make(bad)
+
+
+def leaf_types(params):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), params)
+
+
+@pytest.mark.parametrize(
+    "make", [*HEADS.values(), lambda sigma: likelihoods.fixed(likelihoods.geometric(sigma, 0.1, 9))]
+)
+def test_update_keeps_structure_and_types(make):
+    """Else the second step would compile again."""
+    head = make(0.3)
+    assert leaf_types(head.init()) == leaf_types(head.update(head.init(), jnp.int32(3), MSE))
+
+
+@pytest.mark.parametrize("name", ["f", "ls", "lv"])
+def test_update_is_the_identity_where_gradients_or_nothing_set_sigma(name):
+    head = HEADS[name](0.3)
+    assert head.update(head.init(), jnp.int32(3), MSE) == head.init()
+
+
+def gradient_of_log_sigma(head, params, outputs, x):
+    """d log p(x|z) / d log sigma, summed: by the one parameter, or by the decoder's second channel over its gain."""
+    of_params, of_outputs = jax.grad(lambda *args: head.log_prob(*args, x).sum(), (0, 1))(params, outputs)
+    return sum(leaf.sum() for leaf in jax.tree.leaves(of_params)) + of_outputs[..., 1:].sum() / 0.03
+
+
+@every_head
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 2.0])
+def test_gradients_reach_sigma_only_where_it_is_learned(make, sigma):
+    head = make(sigma)
+    params, outputs = head.init(), outputs_for(head, 5, 3, 4, 1).at[..., 1:].set(0.0)
+    residual = 0.5 * jax.random.normal(KEY, (5, 3, 4, 1))
+    gradient = gradient_of_log_sigma(head, params, outputs, outputs[..., 0] + residual)
+    if make in (likelihoods.learned_scalar, likelihoods.learned_vector):
+        expected = (np.float64(residual) ** 2 / sigma**2 - 1.0).sum()
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4)
+    else:
+        assert gradient == 0.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_learned_scalars_stationary_point_is_the_mean_squared_error_per_dimension(shape):
+    head = likelihoods.learned_scalar(1.0)
+    outputs, x = outputs_for(head, 50, *shape), jnp.ones((50, *shape))
+    gradient = jax.jit(jax.grad(lambda params: head.log_prob(params, outputs, x).mean()))
+    params = head.init()
+    for _ in range(50):  # Ascent, slowed down to half the curvature's limit: 2 for each dimension.
+        params = jax.tree.map(lambda p, g: p + 0.25 * g / np.prod(shape), params, gradient(params))
+    rmse = np.sqrt(np.mean(np.square(np.float64(x) - np.float64(outputs[..., 0]))))
+    np.testing.assert_allclose(head.stddev(params, outputs), rmse, rtol=1e-5)
+    above, below = (gradient({"log_stddev": jnp.log(rmse * factor)})["log_stddev"] for factor in (1.02, 0.98))
+    assert above < 0.0 < below
+
+
+@pytest.mark.parametrize("mse", [1e-4, 0.04, 9.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_optimal_takes_the_mean_squared_error_that_maximises_the_density(mse, shape):
+    head = likelihoods.optimal(0.3)
+    params = head.update(head.init(), jnp.int32(3), jnp.array(mse))
+    outputs = outputs_for(head, 5, *shape)
+    np.testing.assert_allclose(head.stddev(params, outputs), np.sqrt(mse), rtol=1e-6)
+    # Residuals of exactly this mean square: no other sigma does better.
+    x = head.mean(params, outputs) + np.sqrt(mse)
+    best = head.log_prob(params, outputs, x)
+    for factor in (0.9, 1.1):
+        fixed = likelihoods.fixed(np.sqrt(mse) * factor)
+        assert jnp.all(fixed.log_prob(fixed.init(), outputs, x) < best)
+
+
+@scalar_heads
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 1.0, 4.0])
+def test_scalar_heads_of_one_sigma_are_one_density(make, sigma):
+    fixed, other = likelihoods.fixed(sigma), make(sigma)
+    outputs = outputs_for(fixed, 5, 3, 4, 1)
+    x = data_for(fixed, fixed.init(), outputs)
+    np.testing.assert_array_equal(other.log_prob(other.init(), outputs, x), fixed.log_prob(fixed.init(), outputs, x))
+
+
+@scalar_heads
+def test_a_vmapped_sweep_is_the_loop_over_sigma(make):
+    sigmas = jnp.geomspace(0.01, 1.0, 5)
+    outputs, x = jnp.zeros((4, 2, 1)), jax.random.normal(KEY, (4, 2))
+
+    def value_and_gradient(sigma):
+        head = make(sigma)
+        return jax.value_and_grad(lambda *args: head.log_prob(*args, x).sum(), (0, 1))(head.init(), outputs)
+
+    loop = [value_and_gradient(float(sigma)) for sigma in sigmas]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), jax.vmap(value_and_gradient)(sigmas), expected
+    )
+
+
+# Schedules
+
+RECORDED = (1.0, 0.7, 0.71, 0.2)
+SCHEDULES = {  # name: (schedule, its definition in float64)
+    "geometric": (likelihoods.geometric(1.0, 0.05, 10), lambda t: 0.05 ** (min(t, 10) / 10)),
+    "rising": (likelihoods.geometric(0.2, 2.0, 4), lambda t: 0.2 * 10.0 ** (min(t, 4) / 4)),
+    "replay": (likelihoods.replay(jnp.array(RECORDED)), lambda t: RECORDED[min(t, 3)]),
+    "lambda": (lambda step: 1.0 / (1.0 + step), lambda t: 1.0 / (1.0 + t)),
+}
+
+
+@pytest.mark.parametrize(("schedule", "definition"), SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_scheduled_head_is_at_each_step_the_fixed_one(schedule, definition, transform):
+    scheduled = likelihoods.fixed(schedule)
+    outputs, x, update = jnp.zeros((4, 2, 1)), jax.random.normal(KEY, (4, 2)), transform(scheduled.update)
+    params = scheduled.init()
+    for step in (0, 1, 2, 3, 4, 9, 10, 11, 1000):
+        params = update(params, jnp.int32(step), MSE)
+        fixed = likelihoods.fixed(definition(step))
+        np.testing.assert_allclose(schedule(jnp.int32(step)), definition(step), rtol=1e-6)
+        np.testing.assert_allclose(scheduled.stddev(params, outputs), definition(step), rtol=1e-5)
+        expected = fixed.log_prob(fixed.init(), outputs, x)
+        np.testing.assert_allclose(scheduled.log_prob(params, outputs, x), expected, rtol=1e-4)
+
+
+def test_geometric_changes_sigma_by_a_constant_factor():
+    sigmas = np.float64(jax.vmap(likelihoods.geometric(2.0, 0.02, 20))(jnp.arange(30)))
+    np.testing.assert_allclose(sigmas[[0, 20, 29]], [2.0, 0.02, 0.02], rtol=1e-6)
+    np.testing.assert_allclose(sigmas[1:21] / sigmas[:20], 0.01 ** (1 / 20), rtol=1e-5)
+
+
+# beta-VAE
+
+
+@pytest.mark.parametrize(("sigma", "beta"), [(0.3, 4.0), (1.0, 0.1), (0.05, 100.0)])
+def test_beta_is_a_fixed_sigma_in_disguise(sigma, beta):
+    """Dividing -|r|^2 / (2 sigma^2) - beta KL by beta leaves -|r|^2 / (2 (sigma sqrt beta)^2) - KL."""
+    x, noise = jax.random.normal(KEY, (6, 2)), jax.random.normal(jax.random.key(1), (6, 2))
+
+    def gradient(sigma, beta):
+        head = likelihoods.fixed(sigma)
+
+        def objective(mean, log_stddev, decoder):
+            outputs = jnp.tanh((mean + jnp.exp(log_stddev) * noise) @ decoder)[..., None]
+            kl = gaussians.kl_to_standard(mean, log_stddev).sum(-1)
+            return (head.log_prob(head.init(), outputs, x) - beta * kl).mean()
+
+        return jax.grad(objective, (0, 1, 2))(0.5 * x, -1.0 + 0.1 * x, jnp.array([[1.0, -0.5], [0.3, 2.0]]))
+
+    for ours, equivalent in zip(gradient(sigma, beta), gradient(sigma * np.sqrt(beta), 1.0), strict=True):
+        np.testing.assert_allclose(ours, beta * equivalent, rtol=1e-4, atol=1e-5 * float(jnp.abs(ours).max()))

@@ -1,0 +1,110 @@
+"""The run directory: what it refuses, what it keeps, and that its files are always whole."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lvae_jax import runs
+
+FLAGS = {"sigma": (0.1,), "seed": 0, "sigma_from": None}
+
+
+def contents(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_the_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
+    path = tmp_path / "deep" / "run"
+    assert runs.open_run(path, FLAGS) is None
+    assert runs.open_run(path, FLAGS) is None
+    runs.write_json(path / "summary.json", {"rows": []})
+    assert runs.open_run(path, FLAGS) == {"rows": []}
+
+
+@pytest.mark.parametrize("prepare", ["other flags", "other files", "a file", "damaged flags"])
+def test_what_belongs_to_something_else_is_refused_and_untouched(tmp_path, prepare):
+    path = tmp_path / "run"
+    if prepare == "a file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        if prepare == "other files":
+            (path / "thesis.tex").write_text("mine")
+        else:
+            (path / "flags.json").write_text(
+                json.dumps(FLAGS | {"seed": 1})[: 5 if prepare == "damaged flags" else None]
+            )
+    before = contents(tmp_path)
+    with pytest.raises(runs.RunError) as error:
+        runs.open_run(path, FLAGS)
+    assert contents(tmp_path) == before
+    assert "\n" not in str(error.value) and "give" in str(error.value)
+    if prepare == "other flags":
+        assert "seed was 1 and is 0" in str(error.value)
+
+
+def test_metrics_survive_an_interruption_and_are_rewound_by_group(tmp_path):
+    assert runs.read_metrics(tmp_path) == []
+    rows = [{"group": group, "step": step} for step in (1, 2, 3) for group in ("ls", "lv")]
+    runs.append_metrics(tmp_path, rows)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"group": "ls", "st')
+    assert runs.read_metrics(tmp_path) == rows
+    runs.rewind_metrics(tmp_path, "ls", 1)
+    assert runs.read_metrics(tmp_path) == [row for row in rows if row["group"] == "lv" or row["step"] == 1]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "summary.json"
+    runs.write_json(file, {"elbo": 1.0})
+    with pytest.raises(ValueError, match="JSON"):
+        runs.write_json(file, {"elbo": float("nan")})
+    assert runs.read_json(file) == {"elbo": 1.0}
+
+
+def tree(size=3, fill=1.5):
+    return {
+        "params": {"w": jnp.full((size, 2), fill), "empty": {}},
+        "step": jnp.int32(4),
+        "record": np.array([1.0, np.nan], np.float32),
+    }
+
+
+def saved(tmp_path):
+    checkpoints = runs.Checkpoints(tmp_path, "ls")
+    assert checkpoints.restore(tree()) is None
+    checkpoints.save(4, tree(fill=0.0))
+    checkpoints.save(8, tree())
+    checkpoints.close()
+    return tmp_path / "checkpoints" / "ls"
+
+
+def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
+    folder = saved(tmp_path)
+    restored = runs.Checkpoints(tmp_path, "ls").restore(tree())
+    np.testing.assert_array_equal(restored["params"]["w"], tree()["params"]["w"])
+    np.testing.assert_array_equal(restored["record"], tree()["record"])
+    assert restored["step"] == 4 and restored["step"].dtype == jnp.int32
+    assert [child.name for child in folder.iterdir() if child.name.isdigit()] == ["8"]
+    assert runs.Checkpoints(tmp_path, "lv").restore(tree()) is None
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):
+        runs.Checkpoints(tmp_path, "ls").restore(tree(size=5))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads fail unawaited
+def test_a_checkpoint_cut_short_is_refused_and_kept(tmp_path):
+    folder = saved(tmp_path)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            with open(file, "r+b") as handle:
+                handle.truncate(file.stat().st_size // 2)
+    before = contents(tmp_path)
+    with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):
+        runs.Checkpoints(tmp_path, "ls").restore(tree())
+    assert contents(tmp_path) == before

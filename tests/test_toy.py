@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from lvae_jax import toy
+
+# The definition in toy's docstring, in float64.
+THIRDS = np.array([-1.0, -1.0 / 3.0, 1.0 / 3.0, 1.0])
+NOISE = (0.05, 0.02, 0.1)
+POINTS = 100_000
+
+
+def curve(u):
+    return np.stack([np.pi * u, np.cos(np.pi * u)], -1)
+
+
+def integrand(u, x, noise):
+    """log N(x; curve(u), noise^2 I), x [2]."""
+    return -((x - curve(u)) ** 2).sum(-1) / (2.0 * noise**2) - np.log(2.0 * np.pi * noise**2)
+
+
+def reference(x):
+    """log p(x), x [2]: adaptive quadrature over u in each region, on either side of the nearest point of the curve."""
+    peaks, masses = [], []
+    for low, high, noise in zip(THIRDS, THIRDS[1:], NOISE, strict=False):
+        u = np.linspace(low, high, 20_001)
+        values = integrand(u, x, noise)
+        nearest, peak = u[values.argmax()], values.max()
+        pieces = [(low, nearest), (nearest, high)]
+        peaks.append(peak)
+        masses.append(
+            sum(
+                integrate.quad(lambda v: np.exp(integrand(v, x, noise) - peak), *piece, epsabs=1e-12, limit=500)[0]  # noqa: B023
+                for piece in pieces
+            )
+        )
+    return np.logaddexp.reduce(np.array(peaks) + np.log(masses)) - np.log(2.0)
+
+
+@pytest.fixture(scope="module")
+def points():
+    return toy.sample(jax.random.split(jax.random.key(0), POINTS))
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """Log densities on a grid that leaves out nothing, and the area of a cell.
+
+    The trapezoid rule converges exponentially: at a spacing of the smallest noise its error is 2 exp(-2 pi^2).
+    """
+    spacing = min(NOISE)
+    axes = np.arange(-4.0, 4.0, spacing), np.arange(-2.0, 2.0, spacing)
+    cells = jnp.array(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2), jnp.float32)
+    log_prob = jax.lax.map(lambda x: toy.log_prob(x[None])[0], cells, batch_size=1_000)
+    return np.float64(log_prob), spacing**2
+
+
+def test_curve_and_noise_are_the_documented_ones():
+    u = np.array([-0.99, -0.5, -0.34, -0.33, 0.0, 0.33, 0.34, 0.99])
+    np.testing.assert_allclose(toy.curve(jnp.array(u)), curve(u), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(toy.noise(jnp.array(u)), [0.05, 0.05, 0.05, 0.02, 0.02, 0.02, 0.1, 0.1])
+
+
+OFF_CURVE = [
+    (0.0, 0.0),
+    (0.0, 1.1),
+    (1.0, 1.0),
+    (-3.3, -1.2),
+    (3.5, -0.5),
+    (-1.0, 3.0),
+    (0.0, -4.0),
+    (8.0, 5.0),
+    (-9.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    "x", [*curve(np.array([-0.999, -0.6, -1 / 3, 0.0, 0.2, 1 / 3, 0.8, 1.0])), *map(np.array, OFF_CURVE)]
+)
+def test_log_prob_is_that_of_adaptive_quadrature(x):
+    x = np.float32(x)
+    np.testing.assert_allclose(toy.log_prob(jnp.array(x)[None]), [reference(np.float64(x))], rtol=1e-6, atol=1e-4)
+
+
+def test_log_prob_is_converged_in_its_nodes(points):
+    x = jnp.concatenate([points[:500], jnp.array(OFF_CURVE)])
+    np.testing.assert_allclose(toy.log_prob(x), toy.log_prob(x, num_nodes=6_000), rtol=1e-6, atol=1e-5)
+
+
+def test_density_integrates_to_one(grid):
+    log_prob, area = grid
+    np.testing.assert_allclose(np.exp(log_prob).sum() * area, 1.0, rtol=1e-5)
+
+
+def test_samples_have_the_densitys_entropy(points, grid):
+    log_prob, area = grid
+    draws = np.float64(jax.lax.map(lambda x: toy.log_prob(x[None])[0], points[:20_000], batch_size=1_000))
+    error = abs(draws.mean() - (np.exp(log_prob) * log_prob).sum() * area) / (draws.std() / np.sqrt(len(draws)))
+    assert error < 4.0, f"{error:.1f} standard errors"
+
+
+def test_samples_fill_a_coarse_grid_as_the_definition_does(points):
+    edges = np.linspace(-3.6, 3.6, 61), np.linspace(-1.4, 1.4, 29)
+    counts, *_ = np.histogram2d(*np.float64(points).T, edges)
+    # The mass of a cell given u is a product of two differences of normal distribution functions.
+    u = -1.0 + (2.0 * np.arange(6_000) + 1.0) / 6_000
+    noise = np.repeat(NOISE, 2_000)
+    masses = [np.diff(stats.norm.cdf((e[:, None] - c) / noise), axis=0) for e, c in zip(edges, curve(u).T, strict=True)]
+    expected = POINTS * np.einsum("iu,ju->ij", *masses) / len(u)
+    full = expected > 10.0
+    observed, expected = (np.append(cells[full], POINTS - cells[full].sum()) for cells in (counts, expected))
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_each_region_has_a_third_of_the_samples_and_its_own_noise(points):
+    x = np.float64(points)
+    edges = np.pi * THIRDS
+    # At an edge as many leave a region as enter it, but for the difference of two noises.
+    fractions = np.histogram(x[:, 0].clip(-np.pi, np.pi), edges)[0] / POINTS
+    np.testing.assert_allclose(fractions, 1.0 / 3.0, atol=4.0 * np.sqrt(2.0 / 9.0 / POINTS))
+    # To first order the residual is the noise in x[1] and, times the slope of the curve, the noise in x[0].
+    residual = (x[:, 1] - np.cos(x[:, 0])) / np.sqrt(1.0 + np.sin(x[:, 0]) ** 2)
+    for low, high, noise in zip(edges, edges[1:], NOISE, strict=False):
+        inside = residual[(low + 0.3 < x[:, 0]) & (x[:, 0] < high - 0.3)]
+        np.testing.assert_allclose(inside.std(), noise, rtol=0.03)
+
+
+def test_there_is_one_point_for_each_key(points):
+    keys = jax.random.split(jax.random.key(0), POINTS)
+    np.testing.assert_array_equal(toy.sample(keys[:7]), points[:7])
+    np.testing.assert_array_equal(toy.sample(keys[5:9][::-1]), points[5:9][::-1])
+    assert len(np.unique(points, axis=0)) > 0.999 * POINTS
+
+
+def test_critical_sigma_is_the_documented_one(points):
+    critical = np.sqrt(np.linalg.eigvalsh(np.cov(np.float64(points).T))[-1])
+    np.testing.assert_allclose(critical, np.sqrt(np.pi**2 / 3.0 + np.mean(np.square(NOISE))), rtol=5e-3)
+    np.testing.assert_allclose(critical, 1.81, atol=0.01)

@@ -1,0 +1,239 @@
+"""The bounds on a linear Gaussian model, whose evidence and posterior are known in closed form."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from lvae_jax import likelihoods, vae
+from lvae_jax.networks import Network
+
+# x = W z + OFFSET + SIGMA noise. The columns of W are orthogonal, so that the posterior of z is diagonal:
+# N(GAIN (x - OFFSET), diag POSTERIOR_STDDEV^2).
+W = np.array([[1.2, 0.3], [-0.6, 0.6], [0.0, -0.5]])
+OFFSET, SIGMA = np.array([0.5, -1.0, 2.0]), 0.5
+POSTERIOR_STDDEV = (1.0 + (W**2).sum(0) / SIGMA**2) ** -0.5
+GAIN = (POSTERIOR_STDDEV**2)[:, None] * W.T / SIGMA**2
+EVIDENCE = stats.multivariate_normal(OFFSET, W @ W.T + SIGMA**2 * np.eye(3))
+
+KEY = jax.random.key(0)
+X = np.float32([[0.5, -1.0, 2.0], [2.5, -1.5, 2.3], [-1.0, 0.5, 1.0], [0.0, 0.0, 0.0]])
+# How q(z|x) departs from the posterior: (shift, log of the ratio of stddevs), each for the two latent variables.
+EXACT = ([0.0, 0.0], [0.0, 0.0])
+WRONG = [([0.3, -0.4], [0.0, 0.0]), ([0.0, 0.0], [0.4, 0.2]), ([0.0, 0.1], [-0.25, -0.1]), ([-0.2, 0.2], [0.3, -0.3])]
+wrong_posteriors = pytest.mark.parametrize("wrong", WRONG)
+
+
+def linear(wrong=EXACT):
+    """(model, parameters), the parameters being what `init` gives."""
+
+    def encode(params, x):
+        shift, log_ratio = params
+        mean = (x - OFFSET.astype(np.float32)[None]) @ GAIN.T.astype(np.float32) + shift[None]
+        return mean, jnp.broadcast_to((np.log(POSTERIOR_STDDEV).astype(np.float32) + log_ratio)[None], mean.shape)
+
+    def decode(params, z):
+        return (z @ params.T + OFFSET.astype(np.float32)[None])[..., None]
+
+    encoder = Network(lambda key: tuple(map(jnp.array, wrong)), encode)
+    model = vae.VAE(encoder, Network(lambda key: jnp.array(W, jnp.float32), decode), likelihoods.fixed(SIGMA), 2)
+    return model, vae.init(KEY, model)
+
+
+def posterior_kl(wrong):
+    """KL(q(z|x) || p(z|x)), the gap between log p(x) and the ELBO."""
+    shift, log_ratio = map(np.array, wrong)
+    return ((shift / POSTERIOR_STDDEV) ** 2 + np.exp(2.0 * log_ratio) - 1.0 - 2.0 * log_ratio).sum() / 2.0
+
+
+def copies(x, n):
+    return jax.random.split(KEY, n), jnp.tile(x, (n, 1))
+
+
+def assert_mean(draws, expected, standard_errors=4.0):
+    draws = np.float64(draws)
+    error = np.abs(draws.mean(0) - expected) / (draws.std(0) / np.sqrt(len(draws)))
+    assert np.max(error) < standard_errors, f"the mean is {np.max(error):.1f} standard errors away"
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("wrong", [EXACT, *WRONG])
+@pytest.mark.parametrize("x", X[:3])
+def test_elbo_is_the_evidence_less_the_posteriors_divergence(wrong, x):
+    model, params = linear(wrong)
+    keys, xs = copies(x, 8_000)
+    elbo = vae.elbo(keys, model, params, xs).elbo
+    assert elbo.shape == (8_000,)
+    assert_mean(elbo, EVIDENCE.logpdf(x) - posterior_kl(wrong))
+
+
+@wrong_posteriors
+def test_elbo_is_the_log_likelihood_less_the_divergence_from_the_prior(wrong):
+    model, params = linear(wrong)
+    terms = vae.elbo(jax.random.split(KEY, len(X)), model, params, jnp.array(X))
+    mean = (X - OFFSET) @ GAIN.T + wrong[0]
+    stddev = POSTERIOR_STDDEV * np.exp(wrong[1])
+    np.testing.assert_allclose(terms.kl, (mean**2 + stddev**2 - 1.0 - 2.0 * np.log(stddev)).sum(-1) / 2.0, rtol=1e-5)
+    log_likelihood = stats.norm.logpdf(X, *map(np.float64, (terms.mean, terms.stddev))).sum(-1)
+    np.testing.assert_allclose(terms.log_likelihood, log_likelihood, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(terms.elbo, terms.log_likelihood - terms.kl)
+    np.testing.assert_allclose(terms.stddev, SIGMA, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 17])
+def test_importance_bound_is_exact_in_every_draw_at_the_posterior(num_samples):
+    model, params = linear()
+    bound = vae.importance_bound(jax.random.split(KEY, len(X)), model, params, jnp.array(X), num_samples=num_samples)
+    np.testing.assert_allclose(bound, EVIDENCE.logpdf(X), rtol=2e-6, atol=1e-5)
+
+
+@wrong_posteriors
+def test_importance_bound_rises_from_the_elbo_to_the_evidence(wrong):
+    model, params = linear(wrong)
+    keys, xs = copies(X[1], 8_000)
+    evidence, sizes = EVIDENCE.logpdf(X[1]), [1, 4, 32]
+    bounds = [np.float64(vae.importance_bound(keys, model, params, xs, num_samples=k)) for k in sizes]
+    assert_mean(bounds[0], evidence - posterior_kl(wrong))
+    for fewer, more in itertools.pairwise(bounds):
+        assert more.mean() - fewer.mean() > 3.0 * np.hypot(more.std(), fewer.std()) / np.sqrt(len(xs))
+        assert more.std() < 0.8 * fewer.std()
+    assert bounds[-1].mean() < evidence + 4.0 * bounds[-1].std() / np.sqrt(len(xs))
+    assert bounds[-1].mean() > evidence - posterior_kl(wrong) / 5.0
+    for bound in bounds[1:]:
+        assert_mean(np.exp(bound - evidence), 1.0)  # The weights are unbiased for any k.
+
+
+# Randomness
+
+
+def test_results_are_a_function_of_keys():
+    model, params = linear(WRONG[0])
+    keys, x = jax.random.split(KEY, len(X)), jnp.array(X)
+    for f in (vae.elbo, lambda *args: vae.importance_bound(*args, num_samples=3)):
+        first, again, other = (f(k, model, params, x) for k in (keys, keys, keys[::-1]))
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+        assert not np.any(jax.tree.leaves(first)[0] == jax.tree.leaves(other)[0])
+
+
+def test_an_examples_result_does_not_depend_on_its_batch():
+    model, params = linear(WRONG[0])
+    keys, x = jax.random.split(KEY, len(X)), jnp.array(X)
+    for f in (vae.elbo, lambda *args: vae.importance_bound(*args, num_samples=3)):
+        together = f(keys, model, params, x)
+        for batch in ([2], [3, 0], [1, 2, 3, 0]):
+            apart = f(keys[np.array(batch)], model, params, x[np.array(batch)])
+            expected = jax.tree.map(lambda leaf: leaf[np.array(batch)], together)  # noqa: B023
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), apart, expected)
+
+
+def test_every_example_and_latent_variable_draws_its_own_noise():
+    model, params = linear()
+    n = 8_000
+    keys, xs = copies(X[1], n)
+    terms = vae.elbo(keys, model, params, xs)
+    z = (np.float64(terms.mean) - OFFSET) @ np.linalg.pinv(W).T
+    noise = (z - GAIN @ (X[1] - OFFSET)) / POSTERIOR_STDDEV
+    assert len(np.unique(terms.log_likelihood)) > 0.95 * n, "examples share their noise"
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 4.0 / np.sqrt(n), "latent variables share their noise"
+    for column in noise.T:
+        assert stats.kstest(column, stats.norm.cdf).pvalue > 1e-3
+
+
+def test_example_keys_depend_on_the_key_and_the_global_index_alone():
+    def data(key, index):
+        return np.array(jax.random.key_data(vae.example_keys(key, index)))
+
+    index = jnp.arange(1_000)
+    everything = data(KEY, index)
+    assert len(np.unique(everything, axis=0)) == len(index)
+    picked = jnp.array([3, 999, 3, 0])
+    np.testing.assert_array_equal(data(KEY, picked), everything[picked])
+    assert not np.any(np.all(data(jax.random.key(1), index) == everything, axis=-1))
+
+
+def test_init_draws_each_part_from_a_key_of_its_own():
+    draw = Network(lambda key: jax.random.normal(key, (3,)), lambda params, inputs: inputs)
+    params = vae.init(KEY, vae.VAE(draw, draw, likelihoods.learned_scalar(0.3), 2))
+    assert set(params) == {"encoder", "decoder", "likelihood"}
+    assert not np.any(params["encoder"] == params["decoder"])
+    assert params["likelihood"] == likelihoods.learned_scalar(0.3).init()
+    np.testing.assert_array_equal(
+        vae.init(KEY, vae.VAE(draw, draw, likelihoods.fixed(), 2))["encoder"], params["encoder"]
+    )
+
+
+# What a model shows
+
+
+@wrong_posteriors
+def test_reconstruct_decodes_the_posteriors_mean(wrong):
+    model, params = linear(wrong)
+    mean, stddev = vae.reconstruct(model, params, jnp.array(X))
+    expected = ((X - OFFSET) @ GAIN.T + wrong[0]) @ W.T + OFFSET
+    np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stddev, np.full(X.shape, SIGMA), rtol=1e-6)
+
+
+def test_generate_draws_from_the_models_marginal():
+    model, params = linear()
+    n = 40_000
+    samples, means, stddevs = map(np.float64, vae.generate(KEY, model, params, num_samples=n))
+    np.testing.assert_allclose(stddevs, np.full((n, 3), SIGMA), rtol=1e-6)
+    for draws, covariance in ((samples, EVIDENCE.cov), (means, W @ W.T), (samples - means, SIGMA**2 * np.eye(3))):
+        centre = 0.0 if draws is not samples and draws is not means else OFFSET
+        assert_mean(draws, centre)
+        # Products of centred Gaussians have at most twice the variance of their squares.
+        spread = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)) * 2.0 / n)
+        assert np.all(np.abs(np.cov(draws.T) - covariance) < 4.5 * spread)
+    z = (means - OFFSET) @ np.linalg.pinv(W).T
+    noise = (samples - means) / SIGMA
+    across = np.corrcoef(z.T, noise.T)[:2, 2:]
+    assert np.abs(across).max() < 4.5 / np.sqrt(n), "z and the observation share their noise"
+    flat = np.corrcoef(z.ravel(), noise.ravel()[: z.size])[0, 1]
+    assert abs(flat) < 4.5 / np.sqrt(z.size), "z and the observation share their key"
+
+
+def test_generate_is_a_function_of_its_key():
+    model, params = linear()
+    first, again, other = (vae.generate(jax.random.key(seed), model, params, num_samples=5) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    for i in range(2):
+        assert not np.any(first[i] == other[i])
+        assert len(np.unique(first[i])) == first[i].size
+
+
+# Scores
+
+
+def assert_close(tree, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), tree, expected)
+
+
+def test_scores_and_summary_are_numpys():
+    rng = np.random.default_rng(0)
+    log_likelihood, kl = rng.normal(size=(2, 5)).astype(np.float32)
+    x, mean, stddev = rng.uniform(0.1, 2.0, size=(3, 5, 3, 4, 1)).astype(np.float32)
+    terms = vae.Terms(*map(jnp.array, (log_likelihood, kl, mean, stddev)))
+    scores, flat = vae.scores(terms, jnp.array(x)), stddev.reshape(5, -1)
+    expected = vae.Scores(
+        elbo=log_likelihood - kl,
+        log_likelihood=log_likelihood,
+        kl=kl,
+        mse=((x - mean) ** 2).reshape(5, -1).mean(-1),
+        sigma_min=flat.min(-1),
+        sigma_mean=flat.mean(-1),
+        sigma_max=flat.max(-1),
+    )
+    assert_close(scores, expected)
+    totals = {name: np.mean(values) for name, values in expected._asdict().items()}
+    totals |= {"sigma_min": stddev.min(), "sigma_max": stddev.max()}
+    assert_close(vae.summary(scores), vae.Scores(**totals))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 1.0]), scores)
+    jax.tree.map(
+        assert_close, vae.summary(stacked), vae.Scores(*(np.array([t, t + 1.0]) for t in vae.Scores(**totals)))
+    )
