@@ -148,15 +148,20 @@ def imported_record(config: Config) -> np.ndarray | None:
 
 
 def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any) -> vae_lib.VAE:
-    """The paper's networks for data of this shape, under the variant's observation model; sigma is a number or,
-    replayed, one for each step."""
-    head = likelihoods.HEADS.get(variant, likelihoods.fixed)
-    likelihood = head(likelihoods.replay(sigma) if variant == "replay" else sigma)
-    encoder, decoder = (
-        (networks.conv_encoder, networks.conv_decoder)
-        if len(shape) == 3
-        else (networks.mlp_encoder, networks.mlp_decoder)
-    )
+    """The paper's networks for data of this shape, under the variant's observation model.
+
+    `sigma` is a number or, for replay, one for each step. The gain of the LV-VAE on points in the plane is such that
+    every seed finds the curve, see `likelihoods.learned_vector`.
+    """
+    images = len(shape) == 3
+    if variant == "lv":
+        likelihood = likelihoods.learned_vector(sigma, gain=1.0 if images else 0.03)
+    elif variant == "replay":
+        likelihood = likelihoods.fixed(likelihoods.replay(sigma))
+    else:
+        likelihood = likelihoods.HEADS.get(variant, likelihoods.fixed)(sigma)
+    encoder = networks.conv_encoder if images else networks.mlp_encoder
+    decoder = networks.conv_decoder if images else networks.mlp_decoder
     return vae_lib.VAE(
         encoder(shape, latent_size), decoder(shape, likelihood.outputs, latent_size), likelihood, latent_size
     )

@@ -32,11 +32,6 @@ Params = dict[str, Any]
 # the quantisation noise of 8-bit pixels on [0, 1], 1 / (255 sqrt 12) = 1.1e-3.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 
-# How much of the decoder's second channel is log sigma. At 1, log sigma outruns the mean early in training: it settles
-# on the spread of the data, where the gradient that would encode them vanishes (sigma is critical), and some seeds
-# never leave.
-LOG_STDDEV_GAIN = 0.03
-
 
 class Likelihood(NamedTuple):
     """An observation model as pure functions of its parameters and of the decoder's outputs.
@@ -96,19 +91,22 @@ def learned_scalar(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     )
 
 
-def learned_vector(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
-    """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + 0.03 times the decoder's second channel.
+def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = 1.0) -> Likelihood:
+    """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + `gain` * the decoder's second channel.
+
+    `gain` sets how fast log sigma learns against the mean. Where few dimensions carry all the data, an eager log sigma
+    settles on their spread before the mean has found them; there sigma is critical, the gradient that would encode
+    them vanishes, and some runs never leave. A gain well below 1 prevents that, at the price of a slower sigma.
 
     Raises:
       ValueError: sigma is a number that is not positive.
     """
     log_sigma = _initial(sigma)()["log_stddev"]
-    return _gaussian(
-        2,
-        dict,
-        _unchanged,
-        lambda params, outputs: gaussians.soft_clip(log_sigma + LOG_STDDEV_GAIN * outputs[..., 1], *LOG_STDDEV_RANGE),
-    )
+
+    def log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return gaussians.soft_clip(log_sigma + gain * outputs[..., 1], *LOG_STDDEV_RANGE)
+
+    return _gaussian(2, dict, _unchanged, log_stddev)
 
 
 def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:

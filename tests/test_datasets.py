@@ -38,7 +38,8 @@ def test_order_depends_on_seed_and_epoch_alone(images):
 def test_images_become_floats_on_the_grid(images):
     x = images.batch(images.train, jax.random.key(0), np.array([6, 0]))
     np.testing.assert_allclose(x[:, 0, 0, 0], [6 / 255, 0.0], rtol=1e-7)
-    assert x.shape == (2, 2, 3, 1) and x.dtype == np.float32
+    assert x.shape == (2, 2, 3, 1)
+    assert x.dtype == np.float32
     np.testing.assert_array_equal(datasets.to_float(np.array([0, 255], np.uint8)), [0.0, 1.0])
     np.testing.assert_array_equal(datasets.to_float(np.array([0.5, -3.0], np.float32)), [0.5, -3.0])
 

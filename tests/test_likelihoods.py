@@ -257,10 +257,10 @@ def test_scalar_heads_of_one_sigma_are_one_density(make, sigma):
     np.testing.assert_array_equal(other.log_prob(other.init(), outputs, x), fixed.log_prob(fixed.init(), outputs, x))
 
 
-@scalar_heads
+@every_head
 def test_a_vmapped_sweep_is_the_loop_over_sigma(make):
     sigmas = jnp.geomspace(0.01, 1.0, 5)
-    outputs, x = jnp.zeros((4, 2, 1)), jax.random.normal(KEY, (4, 2))
+    outputs, x = outputs_for(make(), 4, 2), jax.random.normal(KEY, (4, 2))
 
     def value_and_gradient(sigma):
         head = make(sigma)

@@ -40,7 +40,8 @@ def test_what_belongs_to_something_else_is_refused_and_untouched(tmp_path, prepa
     with pytest.raises(runs.RunError) as error:
         runs.open_run(path, FLAGS)
     assert contents(tmp_path) == before
-    assert "\n" not in str(error.value) and "give" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "give" in str(error.value)
     if prepare == "other flags":
         assert "seed was 1 and is 0" in str(error.value)
 
@@ -86,7 +87,8 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     restored = runs.Checkpoints(tmp_path, "ls").restore(tree())
     np.testing.assert_array_equal(restored["params"]["w"], tree()["params"]["w"])
     np.testing.assert_array_equal(restored["record"], tree()["record"])
-    assert restored["step"] == 4 and restored["step"].dtype == jnp.int32
+    assert restored["step"] == 4
+    assert restored["step"].dtype == jnp.int32
     assert [child.name for child in folder.iterdir() if child.name.isdigit()] == ["8"]
     assert runs.Checkpoints(tmp_path, "lv").restore(tree()) is None
 

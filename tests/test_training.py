@@ -159,7 +159,8 @@ def test_fused_steps_equal_single_steps():
     single, single_history = members([0, 1], np.array([0.3, 1.0]), 6)
     fused, fused_history = members([0, 1], np.array([0.3, 1.0]), 6, fused=3)
     assert_close(fused_history, single_history, rtol=1e-3, atol=1e-5)
-    assert (fused.step == 6).all() and (single.step == 6).all()
+    assert (fused.step == 6).all()
+    assert (single.step == 6).all()
 
 
 def test_replaying_a_learned_sigma_repeats_its_run():
