@@ -59,7 +59,7 @@ def plane_panels(panels: Sequence[Panel]) -> Figure:
 def image_panels(panels: Sequence[Panel]) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
     both sigma maps."""
-    strips = [("data", panels[0].data, None)]
+    strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
         strips.append(("generated means", panel.sample_means, None))

@@ -67,7 +67,7 @@ class _ResidualMLP(nn.Module):
     num_blocks: int
 
     @nn.compact
-    def __call__(self, h):
+    def __call__(self, h: Array) -> Array:
         h = nn.Dense(self.width)(h)
         for _ in range(self.num_blocks):
             residual = nn.Dense(self.width)(nn.silu(h))
@@ -79,7 +79,7 @@ class _ResidualConvolutions(nn.Module):
     num_blocks: int
 
     @nn.compact
-    def __call__(self, h):
+    def __call__(self, h: Array) -> Array:
         width = h.shape[-1]
         for _ in range(self.num_blocks):
             residual = nn.Conv(width, (3, 3))(nn.silu(h))
@@ -93,7 +93,7 @@ class _ConvEncoder(nn.Module):
     num_blocks: int
 
     @nn.compact
-    def __call__(self, h):
+    def __call__(self, h: Array) -> Array:
         for width in self.widths:
             h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
         h = _ResidualConvolutions(self.num_blocks)(h)
@@ -107,7 +107,7 @@ class _ConvDecoder(nn.Module):
     num_blocks: int
 
     @nn.compact
-    def __call__(self, z):
+    def __call__(self, z: Array) -> Array:
         *size, channels = self.shape
         sizes = [tuple(size)]  # as the encoder's convolutions shrink them, finest first
         for _ in self.widths:

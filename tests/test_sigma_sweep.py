@@ -1,0 +1,297 @@
+"""The main job, end to end: on the toy and on real MNIST, interrupted and resumed, and given nonsense."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import loop, sigma_sweep
+from lvae_jax import datasets, evaluation, runs
+
+ROOT = Path(__file__).parents[1]
+ALL = ("f", "ls", "lv", "optimal", "f_star", "replay")
+SMALL = sigma_sweep.Config(num_steps=40, num_seeds=2, batch_size=20)
+NUMBERS = ("sigma", "num_seeds", "elbo", "elbo_sd", "elbo_paper", "log_likelihood", "kl", "mse")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "experiments.sigma_sweep", *arguments]
+
+
+def run_command(*arguments):
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def sweep(config, run_dir, **options):
+    return sigma_sweep.run(config, run_dir=str(run_dir), echo=lambda line: None, **options)
+
+
+TOY_FLAGS = ("--sigma=1,0.1", f"--variants={','.join(ALL)}", "--num_steps=40", "--num_seeds=2", "--batch_size=20")
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """A finished run of every variant, and what the command printed."""
+    run_dir = tmp_path_factory.mktemp("toy") / "run"
+    result = run_command(*TOY_FLAGS, f"--run_dir={run_dir}")
+    assert result.returncode == 0, result.stderr
+    return run_dir, result
+
+
+def test_the_command_compares_all_variants(toy_run):
+    run_dir, result = toy_run
+    summary = json.loads((run_dir / "summary.json").read_text())
+    rows = summary["rows"]
+    assert [row["variant"] for row in rows] == ["f", *ALL]
+    assert [row["sigma"] for row in rows[:2]] == [1.0, 0.1]
+    for row in rows:
+        assert all(np.isfinite(row[name]) for name in NUMBERS)
+        assert row["num_seeds"] == 2
+        assert row["elbo"] == pytest.approx(row["log_likelihood"] - row["kl"], abs=1e-4)
+        assert row["elbo_paper"] == pytest.approx(row["elbo"] + np.log(2 * np.pi), abs=1e-6)  # n = 2
+        assert row["kl"] > 0
+        assert f"{row['elbo']:.4f}" in result.stdout
+    assert re.search(r"100%.*step/s, ELBO -?[\d.]+ nats", result.stderr), "the progress bar"
+    for name in ("samples", "losses", "sigma", "elbo"):
+        assert (run_dir / "figures" / f"{name}.png").stat().st_size > 10_000
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == (2 + 5) * 2 * 40
+    assert {*evaluation.Scores._fields, "gradient_norm", "seed", "step"} <= set(lines[0])
+
+
+def test_f_star_and_replay_follow_the_ls_run_of_their_seed(toy_run):
+    run_dir, _ = toy_run
+    members = json.loads((run_dir / "summary.json").read_text())["members"]
+    record = np.load(run_dir / "ls_sigma.npy")
+    assert record.shape == (2, 41)
+    assert np.isfinite(record).all()
+    assert (record[:, 0] == 1.0).all()
+    final = {
+        variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", "f_star", "replay")
+    }
+    np.testing.assert_allclose(final["ls"], record[:, -1], rtol=1e-6)
+    np.testing.assert_allclose(final["f_star"], final["ls"], rtol=1e-6)
+    np.testing.assert_allclose(final["replay"], final["ls"], rtol=1e-6)
+    assert final["ls"][0] != final["ls"][1]
+    lines = runs.read_metrics(run_dir)
+    learned, replayed = ([line["sigma_max"] for line in lines if line["group"] == group] for group in ("ls", "replay"))
+    np.testing.assert_allclose(replayed, learned, rtol=1e-5)
+
+
+def test_a_finished_run_is_only_reported_again(toy_run):
+    run_dir, first = toy_run
+    before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
+    again = run_command(*TOY_FLAGS, f"--run_dir={run_dir}")
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    assert "step/s" not in again.stderr
+    assert first.stdout.splitlines()[:8] == again.stdout.splitlines()[1:9], "the same table"
+    assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
+
+
+def test_sigma_comes_from_another_run(toy_run, tmp_path):
+    run_dir, _ = toy_run
+    here = json.loads((run_dir / "summary.json").read_text())["rows"]
+    config = SMALL._replace(variants=("f_star", "replay"), sigma_from=str(run_dir))
+    there = sweep(config, tmp_path / "run")["rows"]
+    assert there == [row for row in here if row["variant"] in ("f_star", "replay")], "the same seeds, the same numbers"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 5}, "--seed=0"),
+        ({"num_seeds": 1}, "--num_seeds=2"),
+        ({"num_steps": 41}, "--num_steps=40"),
+        ({"sigma_from": "nowhere"}, "no finished run"),
+    ],
+)
+def test_a_sigma_that_does_not_fit_is_refused(toy_run, tmp_path, change, message):
+    config = SMALL._replace(variants=("replay",), sigma_from=str(toy_run[0]))._replace(**change)
+    with pytest.raises(sigma_sweep.UsageError, match=message):
+        sweep(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    config = SMALL._replace(variants=("f", "ls"))
+    whole = sweep(config, tmp_path / "whole")
+    code = (
+        "from experiments import loop, sigma_sweep; loop.CHECKPOINT_SECONDS = 0.0; "
+        f"sigma_sweep.run(sigma_sweep.{config!r}, run_dir={str(tmp_path / 'killed')!r})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(runs.read_metrics(tmp_path / "killed")) < 2 * (40 + 15):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it must be killed in the middle of the LS runs"
+    resumed_from = [
+        child.name for child in (tmp_path / "killed" / "checkpoints" / "ls").iterdir() if child.name.isdigit()
+    ]
+    assert resumed_from
+    assert 0 < max(map(int, resumed_from)) < 40
+    assert not (tmp_path / "killed" / "summary.json").exists()
+
+    resumed = sweep(config, tmp_path / "killed")
+    assert resumed["members"] == whole["members"]
+    assert runs.read_metrics(tmp_path / "killed") == runs.read_metrics(tmp_path / "whole")
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "killed" / "ls_sigma.npy"), np.load(tmp_path / "whole" / "ls_sigma.npy")
+    )
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_is_kept(tmp_path):
+    config = SMALL._replace(variants=("f",), num_seeds=1)
+    sweep(config, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    shards = [file for file in (tmp_path / "checkpoints").rglob("*") if file.is_file() and file.stat().st_size > 1000]
+    assert shards
+    for file in shards:
+        os.truncate(file, file.stat().st_size // 2)
+    before = {file: file.stat().st_size for file in shards}
+    result = run_command("--variants=f", "--num_steps=40", "--num_seeds=1", "--batch_size=20", f"--run_dir={tmp_path}")
+    assert result.returncode != 0
+    assert "damaged or of another shape: delete" in result.stderr.strip().splitlines()[-1]
+    assert {file: file.stat().st_size for file in shards} == before
+
+
+def test_divergence_is_an_error_not_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: sigma_sweep.loop.training.optax.sgd(1e30))
+    with pytest.raises(runs.RunError, match="diverged"):
+        sweep(SMALL._replace(variants=("f",)), tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+BAD = {
+    "--sigma=0": "positive",
+    "--sigma=-1": "positive",
+    "--sigma=nan": "positive",
+    "--sigma=inf": "positive",
+    "--sigma=small": "positive number",
+    "--sigma=0.1,0.1": "only once",
+    "--variants=f,vq": "unknown 'vq'",
+    "--variants=f,f": "only once",
+    "--variants=f_star": "add ls",
+    "--variants=replay": "--sigma_from",
+    "--sigma_from=somewhere": "f_star",
+    "--dataset=nonesuch": "unknown data set",
+    "--dataset=imdb_reviews": "no `image`",
+    "--num_seeds=0": "at least 1",
+    "--num_steps=0": "at least 1",
+    "--batch_size=-3": "at least 1",
+    "--latent_size=none": "latent_size",
+    "--beta=-1": "beta",
+    "--beta=nan": "beta",
+    "--no_such_flag": "no_such_flag",
+    "stray": "unexpected argument",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_bad_input_gets_one_line_and_nothing_is_written(flag, tmp_path):
+    result = run_command(flag, f"--run_dir={tmp_path / 'run'}")
+    assert result.returncode != 0
+    assert BAD[flag] in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_other_flags_is_refused(toy_run):
+    run_dir, _ = toy_run
+    before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
+    result = run_command("--sigma=0.5", f"--run_dir={run_dir}")
+    assert result.returncode != 0
+    assert "other flags" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
+
+
+def test_help_lists_every_flag():
+    result = run_command("--help")
+    for name in (*sigma_sweep.Config._fields, "run_dir", "data_dir", "manual_dir"):
+        assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
+    assert "python -m experiments.sigma_sweep --sigma=0.1" in result.stdout
+
+
+def test_the_same_flags_name_the_same_directory():
+    config = SMALL
+    assert sigma_sweep.default_run_dir(config) == sigma_sweep.default_run_dir(config)
+    assert sigma_sweep.default_run_dir(config) != sigma_sweep.default_run_dir(config._replace(seed=1))
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory):
+    """MNIST as TFDS prepares it: from the archives in $MNIST_ARCHIVES if that is set, else from the network."""
+    data_dir = str(tmp_path_factory.mktemp("tfds"))
+    datasets.load("mnist", data_dir=data_dir, manual_dir=os.environ.get("MNIST_ARCHIVES"))
+    return data_dir
+
+
+# TensorFlow and TFDS warn about their own use of other packages while they prepare a data set.
+prepares = pytest.mark.filterwarnings("default")
+
+
+@prepares
+def test_mnist_is_the_real_one(mnist_dir):
+    mnist = datasets.load("mnist", data_dir=mnist_dir)
+    assert mnist.train.shape == (60000, 28, 28, 1)
+    assert mnist.test.shape == (10000, 28, 28, 1)
+    # The mean and standard deviation by which everybody normalises MNIST.
+    assert mnist.train.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert mnist.train.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    assert not {image.tobytes() for image in mnist.train} & {image.tobytes() for image in mnist.test}
+
+
+@prepares
+def test_mnist_end_to_end(mnist_dir, tmp_path):
+    result = run_command(
+        *("--dataset=mnist", f"--data_dir={mnist_dir}", f"--run_dir={tmp_path}"),
+        *("--num_steps=4", "--num_seeds=1", "--batch_size=16", "--latent_size=8"),
+    )
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["num_test_examples"] == 10000
+    assert summary["num_dimensions"] == 784
+    assert summary["unit"] == "pixel on [0, 1]"
+    assert [row["variant"] for row in summary["rows"]] == ["f", "ls", "lv"]
+    # An untrained LS-VAE: the mean near zero, and the density of the whole test split in closed form.
+    ls = summary["rows"][1]
+    x = np.asarray(datasets.to_float(datasets.load("mnist", data_dir=mnist_dir).test))
+    expected = -0.5 * 784 * np.log(2 * np.pi * ls["sigma"] ** 2) - 784 * ls["mse"] / (2 * ls["sigma"] ** 2)
+    assert ls["log_likelihood"] == pytest.approx(expected, rel=1e-4)
+    assert ls["mse"] == pytest.approx(float(jnp.mean(x**2)), rel=0.2)
+    assert (tmp_path / "figures" / "samples.png").stat().st_size > 10_000
+
+
+@prepares
+def test_the_last_partial_chunk_of_the_test_split_counts(mnist_dir):
+    test = datasets.load("mnist", data_dir=mnist_dir).test
+
+    def pixel_sums(x, index):
+        sums = x.reshape(len(x), -1).sum(axis=1, dtype=np.float64)
+        return evaluation.Scores(*7 * [sums])
+
+    scores = evaluation.over_split(pixel_sums, test, chunk_size=768)
+    np.testing.assert_array_equal(scores.elbo, test.reshape(10000, -1).sum(axis=1))
+
+
+@prepares
+def test_damaged_image_caches_are_refused(mnist_dir, tmp_path):
+    for split in ("train", "test"):
+        cache = next(Path(mnist_dir, "mnist").glob(f"*-{split}-images.npy"))
+        copy = tmp_path / "mnist" / cache.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(cache.read_bytes()[:5000])
+    with pytest.raises(datasets.DatasetError, match="damaged: delete"):
+        datasets.load("mnist", data_dir=str(tmp_path))
