@@ -94,11 +94,8 @@ def alternate(
 
 
 def report(what: str, values: list[float], unit: str, bound: str) -> None:
-    print(
-        f"{what:58}{statistics.median(values):9.2f} {unit:3} ({min(values):.2f} to {max(values):.2f}, {len(values)} times)"
-        f"   {bound}",
-        flush=True,
-    )
+    spread = f"({min(values):.2f} to {max(values):.2f}, {len(values)} times)"
+    print(f"{what:58}{statistics.median(values):9.2f} {unit:3} {spread}   {bound}", flush=True)
 
 
 def main() -> None:

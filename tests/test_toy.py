@@ -16,27 +16,26 @@ def curve(u):
     return np.stack([np.pi * u, np.cos(np.pi * u)], -1)
 
 
-def integrand(u, x, noise):
+def log_normal(u, x, noise):
     """log N(x; curve(u), noise^2 I), x [2]."""
     return -((x - curve(u)) ** 2).sum(-1) / (2.0 * noise**2) - np.log(2.0 * np.pi * noise**2)
 
 
+def log_mass(x, low, high, noise):
+    """The log of the integral over a region's u, adaptive on either side of the nearest point of the curve."""
+    u = np.linspace(low, high, 20_001)
+    values = log_normal(u, x, noise)
+    nearest, peak = u[values.argmax()], values.max()
+
+    def mass(low, high):
+        return integrate.quad(lambda v: np.exp(log_normal(v, x, noise) - peak), low, high, epsabs=1e-12, limit=500)[0]
+
+    return peak + np.log(mass(low, nearest) + mass(nearest, high))
+
+
 def reference(x):
-    """log p(x), x [2]: adaptive quadrature over u in each region, on either side of the nearest point of the curve."""
-    peaks, masses = [], []
-    for low, high, noise in zip(THIRDS, THIRDS[1:], NOISE, strict=False):
-        u = np.linspace(low, high, 20_001)
-        values = integrand(u, x, noise)
-        nearest, peak = u[values.argmax()], values.max()
-        pieces = [(low, nearest), (nearest, high)]
-        peaks.append(peak)
-        masses.append(
-            sum(
-                integrate.quad(lambda v: np.exp(integrand(v, x, noise) - peak), *piece, epsabs=1e-12, limit=500)[0]  # noqa: B023
-                for piece in pieces
-            )
-        )
-    return np.logaddexp.reduce(np.array(peaks) + np.log(masses)) - np.log(2.0)
+    """log p(x), x [2]."""
+    return np.logaddexp.reduce(list(map(log_mass, [x] * 3, THIRDS, THIRDS[1:], NOISE))) - np.log(2.0)
 
 
 @pytest.fixture(scope="module")

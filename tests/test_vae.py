@@ -181,12 +181,15 @@ def test_generate_draws_from_the_models_marginal():
     n = 40_000
     samples, means, stddevs = map(np.float64, vae.generate(KEY, model, params, num_samples=n))
     np.testing.assert_allclose(stddevs, np.full((n, 3), SIGMA), rtol=1e-6)
-    for draws, covariance in ((samples, EVIDENCE.cov), (means, W @ W.T), (samples - means, SIGMA**2 * np.eye(3))):
-        centre = 0.0 if draws is not samples and draws is not means else OFFSET
+    for draws, centre, covariance in (
+        (samples, OFFSET, EVIDENCE.cov),
+        (means, OFFSET, W @ W.T),
+        (samples - means, 0.0, SIGMA**2 * np.eye(3)),
+    ):
         assert_mean(draws, centre)
-        # Products of centred Gaussians have at most twice the variance of their squares.
-        spread = np.sqrt(np.outer(np.diag(covariance), np.diag(covariance)) * 2.0 / n)
-        assert np.all(np.abs(np.cov(draws.T) - covariance) < 4.5 * spread)
+        # A product of two Gaussians varies at most as much as their squares.
+        variances = np.diag(covariance)
+        assert np.all(np.abs(np.cov(draws.T) - covariance) < 4.5 * np.sqrt(2.0 / n * np.outer(variances, variances)))
     z = (means - OFFSET) @ np.linalg.pinv(W).T
     noise = (samples - means) / SIGMA
     across = np.corrcoef(z.T, noise.T)[:2, 2:]
