@@ -22,7 +22,7 @@ import tqdm
 from absl import app, flags, logging
 
 from experiments import loop
-from lvae_jax import datasets, evaluation, figures, likelihoods, networks, runs
+from lvae_jax import datasets, evaluation, figures, likelihoods, networks, runs, training
 from lvae_jax import vae as vae_lib
 
 VARIANTS = {
@@ -113,14 +113,18 @@ def check(config: Config) -> None:
         raise UsageError(
             f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR"
         )
-    if config.sigma_from is not None and not needing:
-        raise UsageError("--sigma_from serves the variants f_star and replay: add one of them to --variants")
+    if config.sigma_from is not None and (not needing or "ls" in config.variants):
+        raise UsageError(
+            "--sigma_from serves f_star and replay in place of ls: name one of those in --variants, not ls"
+        )
     if not (0.0 <= config.beta < math.inf):
         raise UsageError(f"--beta={config.beta:g}: must be a number from 0 on")
     for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
         value = getattr(config, name)
         if value < 1:
             raise UsageError(f"--{name}={value}: must be at least 1")
+    if not 0 <= config.seed < 2**31 - config.num_seeds:
+        raise UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
     datasets.check_name(config.dataset)
 
 
@@ -170,8 +174,10 @@ def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any)
 
 
 def groups(config: Config, variant: str, record: np.ndarray | None, *, together: bool) -> list[loop.Group]:
-    """The sweep members of a variant (for f, every sigma with every seed), in one group or in groups of one; `record`
-    is sigma(t) of LS runs."""
+    """The sweep members of a variant, all together or each alone; for f, they are every sigma with every seed.
+
+    `record` is sigma(t) of LS runs, [num_seeds, T + 1], which f_star and replay need.
+    """
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     sigmas = np.ones(config.num_seeds)
     if variant == "f":
@@ -188,60 +194,37 @@ def groups(config: Config, variant: str, record: np.ndarray | None, *, together:
 
 
 def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None) -> dict[str, Any]:
-    """Trains and evaluates every variant, and draws the figures; returns the summary. `record`: sigma(t) of LS runs, if
-    from another run."""
+    """Trains and evaluates every variant and draws the figures; returns the summary.
+
+    `record` is sigma(t) of LS runs elsewhere; those of this sweep take its place, and are written to ls_sigma.npy.
+    """
     train = jax.device_put(dataset.train)
-    shown = dataset.test[: 1000 if len(dataset.shape) == 1 else 12]
     order = [variant for variant in VARIANTS if variant in config.variants]
     num_members = config.num_seeds * sum(len(config.sigma) if variant == "f" else 1 for variant in order)
-    members, panels = [], []
+    schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+    members: list[dict[str, Any]] = []
+    panels: list[figures.Panel] = []
     with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         for variant in order:
+            bar.set_description(VARIANTS[variant])
             model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
             programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=config.beta)
             records = []
             # A vmapped convolution with a kernel for each member becomes a grouped one, which is slow: images train one
             # member after another.
             for group in groups(config, variant, record, together=len(dataset.shape) == 1):
-                bar.set_description(VARIANTS[variant])
-                states, sigmas = loop.fit(
-                    path,
-                    group,
-                    programs,
-                    dataset,
-                    train,
-                    num_steps=config.num_steps,
-                    batch_size=config.batch_size,
-                    bar=bar,
-                )
-                member = (group.seeds, group.sigmas, states)
-                scores = vae_lib.summary(
-                    evaluation.over_split(functools.partial(programs.score, *member), dataset.test)
-                )
-                pictures = jax.device_get(programs.pictures(*member, shown))
-                sigmas[:, -1] = scores.sigma_max
+                states, sigmas = loop.fit(path, group, programs, dataset, train, **schedule, bar=bar)
+                of_group, its_panels = evaluate(variant, group, programs, states, dataset)
+                sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
-                for index, seed in enumerate(group.seeds):
-                    sigma = float(group.sigmas[index] if variant in ("f", "f_star") else scores.sigma_mean[index])
-                    final = {name: float(values[index]) for name, values in scores._asdict().items()}
-                    members.append(
-                        {"variant": variant, "sigma": sigma, "seed": int(seed), "group": group.name, "member": index}
-                        | final
-                    )
-                    if seed == config.seed:
-                        title = f"{VARIANTS[variant]}, sigma = {sigma:.3g}"
-                        panels.append(
-                            figures.Panel(
-                                title, np.asarray(datasets.to_float(shown)), *(field[index] for field in pictures)
-                            )
-                        )
+                members += of_group
+                panels += [panel for seed, panel in zip(group.seeds, its_panels, strict=True) if seed == config.seed]
             if variant == "ls":
                 record = np.concatenate(records)
                 runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
-    rows = [row(part, dataset.shape) for part in by_row(members).values()]
     draw(path, members, panels, dataset)
     return {
-        "rows": rows,
+        "rows": [row(part, dataset.shape) for part in by_row(members).values()],
         "members": members,
         "dataset": config.dataset,
         "num_dimensions": math.prod(dataset.shape),
@@ -250,6 +233,26 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
+
+
+def evaluate(
+    variant: str, group: loop.Group, programs: loop.Programs, states: training.TrainState, dataset: datasets.Dataset
+) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
+    """The final scores of each member on the whole test split, and its pictures of the first test examples."""
+    models = (group.seeds, group.sigmas, states)
+    scores = vae_lib.summary(evaluation.over_split(functools.partial(programs.score, *models), dataset.test))
+    shown = dataset.test[: 1000 if len(dataset.shape) == 1 else 12]
+    pictures = jax.device_get(programs.pictures(*models, shown))
+    members, panels = [], []
+    for index, seed in enumerate(group.seeds):
+        final = {name: float(values[index]) for name, values in scores._asdict().items()}
+        sigma = float(group.sigmas[index]) if variant in ("f", "f_star") else final["sigma_mean"]
+        place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
+        members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
+        title = f"{VARIANTS[variant]}, sigma = {sigma:.3g}"
+        data = np.asarray(datasets.to_float(shown))
+        panels.append(figures.Panel(title, data, *(field[index] for field in pictures)))
+    return members, panels
 
 
 def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

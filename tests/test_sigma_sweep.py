@@ -190,6 +190,8 @@ BAD = {
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
     "--latent_size=none": "latent_size",
+    "--seed=-1": "from 0",
+    "--seed=2147483647": "from 0",
     "--beta=-1": "beta",
     "--beta=nan": "beta",
     "--no_such_flag": "no_such_flag",
