@@ -2,6 +2,7 @@
 they compile."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,6 @@ class Pictures(NamedTuple):
     reconstruction_stddevs: Float[Array, "..."]
     samples: Float[Array, "..."]
     sample_means: Float[Array, "..."]
-    sample_stddevs: Float[Array, "..."]
 
 
 class Programs(NamedTuple):
@@ -64,9 +64,8 @@ def compile_programs(dataset: Dataset, make_vae: Callable[[Any], VAE], *, num_st
     def pictures(seeds: Array, sigmas: Array, states: TrainState, x: Array) -> Pictures:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Pictures:
             key, vae = jax.random.fold_in(jax.random.key(seed), 3), make_vae(sigma)
-            return Pictures(
-                *vae_lib.reconstruct(vae, params, to_float(x)), *vae_lib.generate(key, vae, params, num_samples=len(x))
-            )
+            samples, means, _ = vae_lib.generate(key, vae, params, num_samples=len(x))
+            return Pictures(*vae_lib.reconstruct(vae, params, to_float(x)), samples, means)
 
         return jax.vmap(one)(seeds, sigmas, states.params)
 
@@ -81,9 +80,18 @@ def compile_programs(dataset: Dataset, make_vae: Callable[[Any], VAE], *, num_st
     )
 
 
-def log_interval(num_steps: int) -> int:
-    """Steps between two lines of metrics: about a hundredth of the run, and a divisor of it."""
-    return next(interval for interval in range(max(1, num_steps // 100), 0, -1) if num_steps % interval == 0)
+def start(
+    run_dir: Path, group: Group, programs: Programs, *, num_steps: int
+) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
+    """The group's states and its record of sigma: from its checkpoint if there is one, else before the first step.
+
+    Raises:
+      runs.RunError: the checkpoint is damaged or of another shape.
+    """
+    fresh = (programs.init(group.seeds, group.sigmas), np.full((len(group.seeds), num_steps + 1), np.nan, np.float32))
+    restored = runs.Checkpoints(run_dir, group.name).restore(fresh)
+    states, record = fresh if restored is None else restored
+    return states, np.array(record)
 
 
 def fit(
@@ -97,7 +105,7 @@ def fit(
     batch_size: int,
     bar: tqdm.tqdm,
 ) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
-    """Trains the group to `num_steps`, from its checkpoint if there is one, and writes its metrics.
+    """Trains the group to `num_steps`, from where `start` finds it, and writes its metrics and checkpoints.
 
     Returns:
       The final states, and the record of sigma in force at each step from 0 to T = `num_steps` (where sigma is a
@@ -106,47 +114,39 @@ def fit(
     Raises:
       runs.RunError: the checkpoint is damaged, or training diverged.
     """
-    checkpoints = runs.Checkpoints(run_dir, group.name)
-    states = programs.init(group.seeds, group.sigmas)
-    record = np.full((len(group.seeds), num_steps + 1), np.nan, np.float32)
-    restored = checkpoints.restore((states, record))
-    if restored is not None:
-        states, record = restored[0], np.array(restored[1])
+    states, record = start(run_dir, group, programs, num_steps=num_steps)
     step = int(states.step[0])
     runs.rewind_metrics(run_dir, group.name, step)
     bar.update(step * len(group.seeds))
 
-    interval = log_interval(num_steps)
-    fused = 1 if jax.default_backend() == "cpu" else interval  # a CPU gains nothing from fusing, see training
+    interval = max(1, min(100, num_steps // 100))  # between two lines of metrics
+    # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
+    fused = 1 if jax.default_backend() == "cpu" else math.gcd(interval, num_steps)
+    checkpoints = runs.Checkpoints(run_dir, group.name)
     saved = time.monotonic()
     while step < num_steps:
+        stop = min(step + interval, num_steps)
         parts = []
-        for start in range(step, step + interval, fused):
-            indices = [
-                [dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in range(start, start + fused)
-            ]
+        for first in range(step, stop, fused):
+            steps = range(first, first + fused)
+            indices = [[dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in steps]
             states, metrics = programs.steps(group.seeds, group.sigmas, states, train, np.asarray(indices))
             parts.append(metrics)
-        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *jax.device_get(parts))  # [M, interval]
-        record[:, step : step + interval] = metrics.scores.sigma_max
-        step += interval
-        scores = vae_lib.summary(metrics.scores)
-        if not np.isfinite(scores.elbo).all():
-            raise runs.RunError(
-                f"training of {group.name} diverged before step {step}, its ELBO is {scores.elbo.min()}: "
-                "give another sigma or more data; the last checkpoint is kept"
-            )
-        runs.append_metrics(
-            run_dir,
-            (
-                {"group": group.name, "member": member, "seed": int(seed), "step": step}
-                | {name: float(values[member]) for name, values in scores._asdict().items()}
-                | {"gradient_norm": float(metrics.gradient_norm[member].mean())}
-                for member, seed in enumerate(group.seeds)
-            ),
-        )
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *jax.device_get(parts))  # [M, stop - step]
+        scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
+        if not np.isfinite([scores.elbo, gradient_norm]).all():
+            raise runs.RunError(f"training of {group.name} diverged before step {stop}: give another --sigma or --beta")
+        lines = [
+            {"group": group.name, "member": member, "seed": int(seed), "step": stop}
+            | {name: float(values[member]) for name, values in scores._asdict().items()}
+            | {"gradient_norm": float(gradient_norm[member])}
+            for member, seed in enumerate(group.seeds)
+        ]
+        runs.append_metrics(run_dir, lines)
+        record[:, step:stop] = metrics.scores.sigma_max
         bar.set_postfix_str(f"ELBO {scores.elbo.mean():.4g} nats", refresh=False)
-        bar.update(interval * len(group.seeds))
+        bar.update((stop - step) * len(group.seeds))
+        step = stop
         if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoints.save(step, (states, record))
             saved = time.monotonic()

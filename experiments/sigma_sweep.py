@@ -77,15 +77,16 @@ def run(
       UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
       overwritten.
     """
-    check(config)
-    path = Path(run_dir or default_run_dir(config))
-    record = imported_record(config)
-    finished = runs.open_run(path, config._asdict())
+    check(config, data_dir=data_dir)
+    path = Path(run_dir).expanduser() if run_dir else default_run_dir(config)
+    finished = runs.find_run(path, config._asdict())
     if finished is not None:
         echo(f"{path} is finished")
         echo(table(finished))
         return finished
+    record = imported_record(config, path)
     dataset = datasets.load(config.dataset, data_dir=data_dir, manual_dir=manual_dir)
+    runs.make_run(path, config._asdict())
     summary = train_all(config, path, dataset, record)
     runs.write_json(path / "summary.json", summary)
     echo(table(summary))
@@ -93,15 +94,15 @@ def run(
     return summary
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, data_dir: str | None = None) -> None:
     """Returns if the config can be run.
 
     Raises:
       UsageError, datasets.DatasetError: it cannot.
     """
     for sigma in config.sigma:
-        if not (0.0 < sigma < math.inf):
-            raise UsageError(f"--sigma={sigma:g}: every sigma must be a positive number")
+        if not 1e-15 < sigma < 1e15:  # squares have to fit into float32
+            raise UsageError(f"--sigma={sigma:g}: every sigma must be a positive number, from 1e-15 to 1e15")
     for name, values in (("sigma", config.sigma), ("variants", config.variants)):
         if not values or len(set(values)) < len(values):
             raise UsageError(f"--{name}={','.join(map(str, values))}: give at least one, and each only once")
@@ -125,7 +126,7 @@ def check(config: Config) -> None:
             raise UsageError(f"--{name}={value}: must be at least 1")
     if not 0 <= config.seed < 2**31 - config.num_seeds:
         raise UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
-    datasets.check_name(config.dataset)
+    datasets.check_name(config.dataset, data_dir=data_dir)
 
 
 def default_run_dir(config: Config) -> Path:
@@ -134,23 +135,27 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs", f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}_{digest}")
 
 
-def imported_record(config: Config) -> np.ndarray | None:
-    """sigma(t) of the LS runs in --sigma_from, [num_seeds, T + 1], or None without that flag.
+def imported_record(config: Config, path: Path) -> np.ndarray | None:
+    """sigma(t) of the LS runs in --sigma_from, [num_seeds, T + 1], or None without that flag; a run keeps its copy.
 
     Raises:
       UsageError: that run is unfinished, or another data set, seeds or (for replay) number of steps were used.
     """
     if config.sigma_from is None:
         return None
-    source = Path(config.sigma_from)
-    if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
-        raise UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
-    theirs = runs.read_json(source / "flags.json")
-    names = ["dataset", "seed", "num_seeds"] + (["num_steps"] if "replay" in config.variants else [])
-    for name in names:
-        if theirs[name] != getattr(config, name):
-            raise UsageError(f"--sigma_from={source}: made with --{name}={theirs[name]}, give the same here")
-    return np.load(source / "ls_sigma.npy")
+    copy, source = path / "ls_sigma.npy", Path(config.sigma_from).expanduser()
+    if not copy.exists():
+        if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
+            raise UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
+        theirs = runs.read_json(source / "flags.json")
+        names = ["dataset", "seed", "num_seeds"] + (["num_steps"] if "replay" in config.variants else [])
+        for name in names:
+            if theirs.get(name) != getattr(config, name):
+                raise UsageError(f"--sigma_from={source}: made with --{name}={theirs.get(name)}, give the same here")
+    try:
+        return np.load(copy if copy.exists() else source / "ls_sigma.npy")
+    except (OSError, ValueError):
+        raise UsageError(f"--sigma_from={source}: its ls_sigma.npy is damaged, run its command again") from None
 
 
 def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any) -> vae_lib.VAE:
@@ -165,7 +170,7 @@ def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any)
     elif variant == "replay":
         likelihood = likelihoods.fixed(likelihoods.replay(sigma))
     else:
-        likelihood = likelihoods.HEADS.get(variant, likelihoods.fixed)(sigma)
+        likelihood = likelihoods.HEADS["f" if variant == "f_star" else variant](sigma)
     encoder = networks.conv_encoder if images else networks.mlp_encoder
     decoder = networks.conv_decoder if images else networks.mlp_decoder
     return vae_lib.VAE(
@@ -173,7 +178,7 @@ def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any)
     )
 
 
-def groups(config: Config, variant: str, record: np.ndarray | None, *, together: bool) -> list[loop.Group]:
+def groups(config: Config, variant: str, record: np.ndarray | None, *, alone: bool) -> list[loop.Group]:
     """The sweep members of a variant, all together or each alone; for f, they are every sigma with every seed.
 
     `record` is sigma(t) of LS runs, [num_seeds, T + 1], which f_star and replay need.
@@ -185,7 +190,7 @@ def groups(config: Config, variant: str, record: np.ndarray | None, *, together:
     elif variant in ("f_star", "replay"):
         assert record is not None, "checked before"
         sigmas = record[:, -1] if variant == "f_star" else record
-    if together:
+    if not alone:
         return [loop.Group(variant, seeds, sigmas)]
     return [
         loop.Group(f"{variant}-{index}", seeds[index : index + 1], sigmas[index : index + 1])
@@ -202,26 +207,35 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
     order = [variant for variant in VARIANTS if variant in config.variants]
     num_members = config.num_seeds * sum(len(config.sigma) if variant == "f" else 1 for variant in order)
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+    alone = (
+        len(dataset.shape) == 3
+    )  # a vmapped convolution with a kernel for each member is a grouped one, which is slow
+    programs = {}
+    for variant in order:
+        model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
+        programs[variant] = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=config.beta)
+    if record is not None:
+        keep_record(path, record)
+    for variant in order:  # a damaged checkpoint has to come to light before any work
+        for group in groups(config, variant, np.ones((config.num_seeds, config.num_steps + 1)), alone=alone):
+            if (path / "checkpoints" / group.name).exists():
+                loop.start(path, group, programs[variant], num_steps=config.num_steps)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
     with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         for variant in order:
             bar.set_description(VARIANTS[variant])
-            model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
-            programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=config.beta)
             records = []
-            # A vmapped convolution with a kernel for each member becomes a grouped one, which is slow: images train one
-            # member after another.
-            for group in groups(config, variant, record, together=len(dataset.shape) == 1):
-                states, sigmas = loop.fit(path, group, programs, dataset, train, **schedule, bar=bar)
-                of_group, its_panels = evaluate(variant, group, programs, states, dataset)
+            for group in groups(config, variant, record, alone=alone):
+                states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
+                of_group, its_panels = evaluate(variant, group, programs[variant], states, dataset)
                 sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
                 members += of_group
                 panels += [panel for seed, panel in zip(group.seeds, its_panels, strict=True) if seed == config.seed]
             if variant == "ls":
                 record = np.concatenate(records)
-                runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
+                keep_record(path, record)
     draw(path, members, panels, dataset)
     return {
         "rows": [row(part, dataset.shape) for part in by_row(members).values()],
@@ -235,12 +249,25 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
     }
 
 
+def keep_record(path: Path, record: np.ndarray) -> None:
+    """Writes sigma(t) of the LS runs, [num_seeds, T + 1], to where `imported_record` of another run finds it."""
+    runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
+
+
 def evaluate(
     variant: str, group: loop.Group, programs: loop.Programs, states: training.TrainState, dataset: datasets.Dataset
 ) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
-    """The final scores of each member on the whole test split, and its pictures of the first test examples."""
+    """The final scores of each member on the whole test split, and its pictures of the first test examples.
+
+    Raises:
+      runs.RunError: the scores are not finite.
+    """
     models = (group.seeds, group.sigmas, states)
-    scores = vae_lib.summary(evaluation.over_split(functools.partial(programs.score, *models), dataset.test))
+    chunk_size = max(1, min(1000, 2**20 // math.prod(dataset.shape)))
+    score = functools.partial(programs.score, *models)
+    scores = vae_lib.summary(evaluation.over_split(score, dataset.test, chunk_size=chunk_size))
+    if not np.isfinite(scores.elbo).all():
+        raise runs.RunError(f"training of {group.name} diverged in its last steps: give another --sigma or --beta")
     shown = dataset.test[: 1000 if len(dataset.shape) == 1 else 12]
     pictures = jax.device_get(programs.pictures(*models, shown))
     members, panels = [], []
@@ -259,7 +286,7 @@ def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     """Members by the title of their row: seeds are pooled, and F-VAEs told apart by their sigma."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for member in members:
-        title = VARIANTS[member["variant"]] + (f", sigma = {member['sigma']:g}" if member["variant"] == "f" else "")
+        title = VARIANTS[member["variant"]] + (f", sigma = {member['sigma']}" if member["variant"] == "f" else "")
         rows.setdefault(title, []).append(member)
     return rows
 
@@ -413,6 +440,8 @@ def main(argv: Sequence[str]) -> None:
         run(config, run_dir=flags.FLAGS.run_dir, data_dir=flags.FLAGS.data_dir, manual_dir=flags.FLAGS.manual_dir)
     except (UsageError, datasets.DatasetError, runs.RunError) as error:
         sys.exit(f"sigma_sweep: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sigma_sweep: interrupted; the same command goes on from the last checkpoint, a minute old at most")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ host, `batch` makes them on the device. Examples are [B, *S] floats: points in t
 import functools
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,37 +129,43 @@ def tfds_images(
             _cache_images(builder, split, cache)
     try:
         train, test = (np.load(cache, mmap_mode="r") for cache in caches)
-    except ValueError:
+    except (ValueError, EOFError, OSError):
         raise DatasetError(
             f"the cached images in {folder.parent} are damaged: delete {caches[0].name} and {caches[1].name}"
         ) from None
     return train, test
 
 
-def check_name(name: str) -> None:
-    """Returns if `load` knows `name`; touches neither network nor disk.
+def check_name(name: str, *, data_dir: str | None = None) -> None:
+    """Returns if `load` knows `name`; neither loads nor writes anything.
 
     Raises:
-      DatasetError: it does not, or the data set's images have no fixed shape.
+      DatasetError: it does not, or the data set's images have no fixed shape, or `data_dir` holds it in another format.
     """
     if name != "toy":
-        _builder(name, None)
+        _builder(name, data_dir)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds  # half a second that the toy need not wait for
 
+    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
     try:
-        builder = tfds.builder(name, data_dir=data_dir and os.path.expanduser(data_dir), file_format="array_record")
-    except (tfds.core.registered.DatasetNotFoundError, ValueError):
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except Exception as error:  # not found, not installed, not a name, prepared in another format
+        if "File format is already set" in str(error):
+            raise DatasetError(
+                f"{data_dir} holds {name!r} in another file format than array_record: give another --data_dir"
+            ) from None
         raise DatasetError(
             f"unknown data set {name!r}: give toy, mnist or the name of another TFDS image data set"
         ) from None
     features = builder.info.features
-    shape = features["image"].shape if features is not None and "image" in features else (None,)
-    if len(shape) != 3 or None in shape:
+    image: Any = features["image"] if features is not None and "image" in features else None
+    shape: tuple[int | None, ...] = () if image is None else image.shape
+    if len(shape) != 3 or None in shape or shape[-1] not in (1, 3) or image.dtype != np.uint8:
         raise DatasetError(
-            f"data set {name!r} has no `image` of a fixed shape [height, width, channels]: give one that has"
+            f"data set {name!r} has no 8-bit `image` of a fixed shape [height, width, 1 or 3]: give one that has"
         )
     return builder
 
@@ -191,14 +196,13 @@ def _prepare(builder: Any, manual_dir: str | None) -> None:
             download_config=tfds.download.DownloadConfig(manual_dir=manual_dir and os.path.abspath(manual_dir))
         )
     except Exception as error:  # any of dozens of TFDS's, requests' and the operating system's
-        raise DatasetError(f"TFDS could not prepare {builder.name!r}: {str(error).splitlines()[0]}") from error
+        raise DatasetError(f"TFDS could not prepare {builder.name!r}: {' '.join(repr(error).split())}") from error
 
 
 def _cache_images(builder: Any, split: str, cache: Path) -> None:
     source = builder.as_data_source(split=split)
     # Written under another name first: a file called `cache` is always whole.
-    with tempfile.NamedTemporaryFile(dir=cache.parent, suffix=".npy", delete=False) as file:
-        temporary = Path(file.name)
+    temporary = cache.with_name(f".{os.getpid()}-{cache.name}")
     try:
         shape = (len(source), *builder.info.features["image"].shape)
         images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)

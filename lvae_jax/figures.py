@@ -19,7 +19,6 @@ class Panel(NamedTuple):
     reconstruction_stddevs: np.ndarray
     samples: np.ndarray
     sample_means: np.ndarray
-    sample_stddevs: np.ndarray
 
 
 class Curves(NamedTuple):
@@ -58,7 +57,7 @@ def plane_panels(panels: Sequence[Panel]) -> Figure:
 
 def image_panels(panels: Sequence[Panel]) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
-    both sigma maps."""
+    a sigma map."""
     strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
@@ -118,17 +117,14 @@ def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
     # The first steps of a small sigma lie orders of magnitude below everything that there is to see.
     settled = np.concatenate([curve.elbo[:, len(curve.steps) // 10 :].ravel() for curve in curves.values()])
     low, high = np.quantile(settled, 0.05), settled.max()
-    bottom.set_ylim(low - 0.3 * (high - low), high + 0.1 * (high - low))
+    span = max(high - low, 1e-3)
+    bottom.set_ylim(low - 0.3 * span, high + 0.1 * span)
     bottom.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
 def elbo_against_sigma(
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    lines: Mapping[str, np.ndarray],
-    *,
-    unit: str,
-    label: str = "ELBO [nats]",
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]], lines: Mapping[str, np.ndarray], *, unit: str
 ) -> Figure:
     """The final ELBO of each member against its sigma, and as lines with their spread those without one sigma.
 
@@ -149,7 +145,7 @@ def elbo_against_sigma(
         distinct = np.unique(sigmas)
         if index == 0 and len(distinct) > 1:
             axis.plot(distinct, [elbos[sigmas == sigma].mean() for sigma in distinct], color=colour, linewidth=1.0)
-    axis.set(xscale="log", xlabel=f"sigma [{unit}]", ylabel=label)
+    axis.set(xscale="log", xlabel=f"sigma [{unit}]", ylabel="ELBO [nats]")
     axis.legend(frameon=False)
     return figure
 

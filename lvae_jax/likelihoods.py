@@ -66,10 +66,10 @@ def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
     if callable(sigma):
 
         def init() -> Params:
-            return {"log_stddev": jnp.log(sigma(jnp.zeros((), jnp.int32)))}
+            return _log(sigma(jnp.zeros((), jnp.int32)))
 
         def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
-            return {"log_stddev": jnp.log(sigma(step))}
+            return _log(sigma(step))
     else:
         init, update = _initial(sigma), _unchanged
     return _gaussian(1, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
@@ -136,6 +136,11 @@ HEADS: dict[str, Callable[..., Likelihood]] = {
 table."""
 
 
+def constant(sigma: float) -> Schedule:
+    """The schedule that stays at `sigma`."""
+    return lambda step: jnp.float32(sigma)
+
+
 def geometric(init: float, end: float, num_steps: int) -> Schedule:
     """A schedule that decays sigma from `init` at step 0 to `end` at `num_steps` by a constant factor, and stays
     there."""
@@ -175,7 +180,12 @@ def _gaussian(
 def _initial(sigma: float | Float[Array, ""]) -> Callable[[], Params]:
     if isinstance(sigma, int | float) and not 0.0 < sigma < float("inf"):
         raise ValueError(f"sigma must be a positive number, got {sigma}")
-    return lambda: {"log_stddev": jnp.log(jnp.asarray(sigma, jnp.float32))}
+    return lambda: _log(sigma)
+
+
+def _log(sigma: float | Float[Array, ""]) -> Params:
+    """A strongly typed log sigma: with a weak type, the second step of training would compile again."""
+    return {"log_stddev": jnp.log(jnp.asarray(sigma, jnp.float32))}
 
 
 def _unchanged(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:

@@ -68,7 +68,7 @@ class _ResidualMLP(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        h = nn.Dense(self.width)(h)
+        h = nn.Dense(self.width)(h.reshape(h.shape[0], -1))
         for _ in range(self.num_blocks):
             residual = nn.Dense(self.width)(nn.silu(h))
             h = h + nn.Dense(self.width, kernel_init=_small)(nn.silu(residual))

@@ -6,7 +6,8 @@
   figures/        PNG
   summary.json    written last: a run that has one is finished
 
-Files are replaced in one move: whatever has its final name is whole.
+All but metrics.jsonl, which grows, are replaced in one move: whatever has its final name is whole. Experiments may add
+files of their own.
 """
 
 import json
@@ -23,40 +24,53 @@ class RunError(Exception):
     """A run directory cannot be used as asked; the message, one line, names the fix."""
 
 
-def open_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Makes the run directory `path` for `flags`, or finds it again; returns the summary of a finished run, or None.
+def find_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of the finished run in `path`; None if it is unfinished, or if `make_run` may make it there.
 
     Raises:
-      RunError: the directory holds something else, or a run with other flags. Nothing in it is touched.
+      RunError: the directory holds something else, or a run with other flags.
     """
-    file = path / "flags.json"
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is not a directory: give another --run_dir")
-    if file.exists():
-        recorded, asked = read_json(file), json.loads(json.dumps(dict(flags)))
-        if recorded != asked:
-            names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
-            changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
-            raise RunError(f"{path} belongs to a run with other flags ({changes}): give another --run_dir")
-    elif path.exists() and any(path.iterdir()):
-        raise RunError(f"{path} is not empty and not a run directory: give another --run_dir")
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(file, flags)
-    summary = path / "summary.json"
+    file, summary = path / "flags.json", path / "summary.json"
+    try:
+        if not file.exists():
+            if path.exists() and any(child != _temporary(file) for child in path.iterdir()):
+                raise RunError(f"{path} is not empty and not a run directory: give another --run_dir")
+            return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be used ({error.strerror}): give another --run_dir") from None
+    recorded, asked = read_json(file), json.loads(json.dumps(dict(flags)))
+    if recorded != asked:
+        names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
+        changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
+        raise RunError(f"{path} belongs to a run with other flags ({changes}): give another --run_dir")
     return read_json(summary) if summary.exists() else None
 
 
-def read_json(file: Path) -> Any:
-    """The contents of a JSON file.
+def make_run(path: Path, flags: Mapping[str, Any]) -> None:
+    """Makes the run directory, where `find_run` found none.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    try:
+        write_json(path / "flags.json", flags)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}): give another --run_dir") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
       RunError: it is missing or damaged.
     """
     try:
-        return json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        raise RunError(f"{file} cannot be read: give the directory of a whole run") from None
+        value = json.loads(file.read_text())
+        if isinstance(value, dict):
+            return value
+    except (OSError, ValueError):
+        pass
+    raise RunError(f"{file} cannot be read: give the directory of a whole run")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -67,22 +81,35 @@ def write_json(file: Path, value: Any) -> None:
 def replace(file: Path, write: Callable[[Path], Any]) -> None:
     """Writes `file` by `write(temporary path)`, and gives it its name once it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")  # the same ending: some writers look at it
+    temporary = _temporary(file)
     write(temporary)
     os.replace(temporary, file)
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}")  # the same ending: some writers look at it
 
 
 def append_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines to the run's metrics.jsonl."""
     with open(path / "metrics.jsonl", "a") as file:
-        file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the run's metrics.jsonl, without a last one that was cut short by an interruption."""
+    """The lines of the run's metrics.jsonl, each the mean over the steps since the one before, up to its `step`.
+
+    A last line that was cut short by an interruption is left out.
+
+    Raises:
+      RunError: another line is damaged.
+    """
     file = path / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
+        raise RunError(f"{file} is damaged: delete {path} to start again, or give another --run_dir") from None
 
 
 def rewind_metrics(path: Path, group: str, step: int) -> None:
@@ -113,7 +140,9 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+        # On the devices at hand, whichever it was saved on.
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises whatever its storage layers raise

@@ -10,8 +10,11 @@ largest standard deviation of the data along any direction, their critical sigma
 1.81.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 SHAPE = (2,)
@@ -40,15 +43,21 @@ def sample(keys: Key[Array, " B"]) -> Float[Array, "B 2"]:
     return curve(u) + noise(u)[:, None] * standard
 
 
-def log_prob(x: Float[Array, "B 2"], *, num_nodes: int = 3000) -> Float[Array, " B"]:
-    """log p(x) in nats: the mean over u of N(x; curve(u), noise(u)^2 I), by the midpoint rule with `num_nodes` (a
-    multiple of 3) nodes.
+def log_prob(x: Float[Array, "B 2"], *, num_nodes: int = 400) -> Float[Array, " B"]:
+    """log p(x) in nats: the mean over u of N(x; curve(u), noise(u)^2 I).
 
-    The regions end between nodes, and neighbouring nodes lie at most 0.003 apart on the curve, a seventh of the
-    smallest noise: halving their distance changes no value by more than 1e-5 nats.
+    By Gauss-Legendre quadrature with `num_nodes` nodes in each region, at the middle no further apart on the curve than
+    half the smallest noise: 800 nodes change nothing by more than float32's rounding.
     """
-    u = (2.0 * jnp.arange(num_nodes) + 1.0) / num_nodes - 1.0
+    nodes, weights = _legendre(num_nodes)
+    u = jnp.asarray(((nodes + np.array([[-2.0], [0.0], [2.0]])) / 3.0).ravel(), jnp.float32)
+    log_weights = jnp.log(jnp.asarray(np.tile(weights, 3) / 6.0, jnp.float32))
     stddev = noise(u)
     squared_distance = jnp.sum(((x[:, None] - curve(u)) / stddev[:, None]) ** 2, axis=-1)
     log_density = -0.5 * squared_distance - 2.0 * jnp.log(stddev) - jnp.log(2.0 * jnp.pi)
-    return jax.nn.logsumexp(log_density, axis=1) - jnp.log(num_nodes)
+    return jax.nn.logsumexp(log_density + log_weights, axis=1)
+
+
+@functools.cache
+def _legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(num_nodes)

@@ -40,10 +40,10 @@ class Metrics(NamedTuple):
 
 
 def optimizer(num_steps: int, *, learning_rate: float = 2e-3, clip_norm: float = 1.0) -> optax.GradientTransformation:
-    """Adam on gradients clipped to a global norm, its rate decayed to zero by a half cosine over `num_steps`;
-    `SIGMA_RATE` times that for log sigma.
+    """Adam on gradients clipped to a global norm, its rate decayed to zero by a half cosine over `num_steps`.
 
-    The same for every variant. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
+    The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `SIGMA_RATE`
+    times that rate. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
     """
 
     def hasten_likelihood(updates: Params, params: Params | None = None) -> Params:
@@ -68,15 +68,17 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     x: Float[Array, "B *S"],
+    index: Int[Array, " B"],
     *,
     beta: float = 1.0,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient ascent on the batch mean of log p(x|z) - beta KL; beta = 1 is the ELBO.
 
     Args:
-      key: the step's; example i of the batch draws its z from fold_in(key, i).
+      key: the step's; an example draws its z from fold_in(key, index).
+      index: of each example in the whole batch, of which x may be one device's share.
     """
-    keys = vae_lib.example_keys(key, jnp.arange(len(x)))
+    keys = vae_lib.example_keys(key, index)
     del key
 
     def loss(params: Params) -> tuple[Float[Array, ""], vae_lib.Terms]:
@@ -133,7 +135,7 @@ def members_steps(
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
         data_key, noise_key = jax.random.split(step_key)
         x = batch(train, data_key, indices)
-        return train_step(noise_key, make_vae(sigma), optimizer, state, x, beta=beta)
+        return train_step(noise_key, make_vae(sigma), optimizer, state, x, jnp.arange(len(x)), beta=beta)
 
     def step(states: TrainState, indices: Int[Array, "M B"]) -> tuple[TrainState, Metrics]:
         return jax.vmap(one)(seeds, sigmas, states, indices)

@@ -59,8 +59,8 @@ def test_the_toy_streams_fresh_points_and_holds_out_others():
     [
         ("nonesuch", "unknown data set 'nonesuch'.*mnist"),
         ("not a name!", "unknown data set"),
-        ("imagenette", "no `image` of a fixed shape"),
-        ("imdb_reviews", "no `image` of a fixed shape"),
+        ("imagenette", "no 8-bit `image` of a fixed shape"),
+        ("imdb_reviews", "no 8-bit `image` of a fixed shape"),
     ],
 )
 def test_unknown_or_unfit_names_are_refused_in_one_line(name, message):

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 
 def panel(title, shape, count=6):
-    return figures.Panel(title, *(RNG.uniform(size=(count, *shape)) for _ in range(6)))
+    return figures.Panel(title, *(RNG.uniform(size=(count, *shape)) for _ in range(5)))
 
 
 def curves(members=2, steps=5):

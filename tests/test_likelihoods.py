@@ -149,13 +149,14 @@ def test_sampler_matches_the_density_and_wrong_ones_do_not(make):
 
 
 @every_head
-def test_samples_have_the_moments_of_the_head_and_independent_noise(make):
+def test_samples_are_gaussian_with_the_heads_moments_and_independent_noise(make):
     head, n = make(0.3), 20_000
     params, outputs = head.init(), outputs_for(head, 3, 2, 2)
     draws = jax.vmap(lambda key: head.sample(key, params, outputs))(jax.random.split(KEY, n))
     noise = ((draws - head.mean(params, outputs)[None]) / head.stddev(params, outputs)[None]).reshape(n, -1)
     assert standard_errors(noise).max() < 4.5
     assert standard_errors(noise**2 - 1.0).max() < 4.5
+    assert stats.kstest(noise.ravel(), stats.norm.cdf).pvalue > 1e-3
     correlations = np.corrcoef(noise.T) - np.eye(noise.shape[1])
     assert np.abs(correlations).max() < 4.5 / np.sqrt(n), "examples or dimensions share their noise"
 

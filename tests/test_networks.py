@@ -11,6 +11,7 @@ from lvae_jax import networks
 
 PAIRS = [
     ("mlp", networks.mlp_encoder, networks.mlp_decoder, (2,), {"width": 16, "num_blocks": 2}),
+    ("mlp on images", networks.mlp_encoder, networks.mlp_decoder, (4, 3, 1), {"width": 16, "num_blocks": 1}),
     ("conv-28", networks.conv_encoder, networks.conv_decoder, (28, 28, 1), {"widths": (4, 4, 8), "num_blocks": 1}),
     ("conv-odd", networks.conv_encoder, networks.conv_decoder, (13, 9, 3), {"widths": (4, 8), "num_blocks": 1}),
 ]

@@ -17,10 +17,12 @@ def contents(path):
 
 def test_the_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
     path = tmp_path / "deep" / "run"
-    assert runs.open_run(path, FLAGS) is None
-    assert runs.open_run(path, FLAGS) is None
+    assert runs.find_run(path, FLAGS) is None
+    assert not path.exists()
+    runs.make_run(path, FLAGS)
+    assert runs.find_run(path, FLAGS) is None
     runs.write_json(path / "summary.json", {"rows": []})
-    assert runs.open_run(path, FLAGS) == {"rows": []}
+    assert runs.find_run(path, FLAGS) == {"rows": []}
 
 
 @pytest.mark.parametrize("prepare", ["other flags", "other files", "a file", "damaged flags"])
@@ -38,7 +40,7 @@ def test_what_belongs_to_something_else_is_refused_and_untouched(tmp_path, prepa
             )
     before = contents(tmp_path)
     with pytest.raises(runs.RunError) as error:
-        runs.open_run(path, FLAGS)
+        runs.find_run(path, FLAGS)
     assert contents(tmp_path) == before
     assert "\n" not in str(error.value)
     assert "give" in str(error.value)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import loop, sigma_sweep
@@ -161,20 +163,88 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(tmp_path):
     before = {file: file.stat().st_size for file in shards}
     result = run_command("--variants=f", "--num_steps=40", "--num_seeds=1", "--batch_size=20", f"--run_dir={tmp_path}")
     assert result.returncode != 0
-    assert "damaged or of another shape: delete" in result.stderr.strip().splitlines()[-1]
+    assert "damaged or of another shape: delete" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, "before any work, the progress bar included"
     assert {file: file.stat().st_size for file in shards} == before
 
 
-def test_divergence_is_an_error_not_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: sigma_sweep.loop.training.optax.sgd(1e30))
+@pytest.mark.parametrize("rate", [1e30, float("inf")])
+def test_divergence_is_an_error_not_a_row(tmp_path, monkeypatch, rate):
+    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: optax.sgd(rate))
     with pytest.raises(runs.RunError, match="diverged"):
         sweep(SMALL._replace(variants=("f",)), tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_divergence_in_the_last_step_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: optax.sgd(float("inf")))
+    with pytest.raises(runs.RunError, match="diverged in its last steps"):
+        sweep(SMALL._replace(variants=("f",), num_steps=1), tmp_path)
+
+
+def test_a_gradient_that_overflows_is_not_trained_on_in_silence(tmp_path):
+    with pytest.raises(runs.RunError, match="diverged"):
+        sweep(SMALL._replace(variants=("f",), sigma=(1e-12,), num_seeds=1), tmp_path)
+
+
+def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
+    """What an accelerator runs: several steps in one call, here 2 of every 8."""
+    config = SMALL._replace(variants=("ls",), num_steps=802, num_seeds=1)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    single = sweep(config, tmp_path / "single")["members"][0]
+    monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
+    fused = sweep(config, tmp_path / "fused")["members"][0]
+    assert fused["elbo"] == pytest.approx(single["elbo"], abs=0.1)
+    append = runs.append_metrics
+
+    def interrupted(run_dir, lines):
+        if lines[0]["step"] > 400:
+            raise KeyboardInterrupt
+        append(run_dir, lines)
+
+    monkeypatch.setattr(runs, "append_metrics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path / "resumed")
+    monkeypatch.setattr(runs, "append_metrics", append)
+    assert sweep(config, tmp_path / "resumed")["members"][0] == fused
+    assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
+
+
+def test_images_train_on_the_train_split_and_are_judged_on_the_test_split(tmp_path, monkeypatch):
+    """With three members, one after another, interrupted and resumed."""
+    black, white = np.zeros((30, 8, 8, 1), np.uint8), np.full((23, 8, 8, 1), 255, np.uint8)
+    monkeypatch.setattr(datasets, "check_name", lambda name, data_dir: None)
+    monkeypatch.setattr(datasets, "load", lambda name, **options: datasets.image_dataset(black, white))
+    config = sigma_sweep.Config(
+        dataset="fake", variants=("f", "lv"), num_seeds=2, num_steps=20, batch_size=8, latent_size=2, sigma=(0.5,)
+    )
+    whole = sweep(config, tmp_path / "whole")
+    assert whole["num_test_examples"] == 23
+    assert [member["group"] for member in whole["members"]] == ["f-0", "f-1", "lv-0", "lv-1"]
+    for member in whole["members"]:
+        assert member["mse"] == pytest.approx(1.0, abs=0.2), "white test images, black reconstructions"
+    trained = [line["mse"] for line in runs.read_metrics(tmp_path / "whole") if line["step"] == 20]
+    assert max(trained) < 0.1
+
+    append = runs.append_metrics
+
+    def interrupted(run_dir, lines):
+        if lines[0]["group"] == "f-1" and lines[0]["step"] == 15:
+            raise KeyboardInterrupt
+        append(run_dir, lines)
+
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "append_metrics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, tmp_path / "resumed")
+    monkeypatch.setattr(runs, "append_metrics", append)
+    assert sweep(config, tmp_path / "resumed")["members"] == whole["members"]
+
+
 BAD = {
     "--sigma=0": "positive",
     "--sigma=-1": "positive",
+    "--sigma=1e-300": "positive",
     "--sigma=nan": "positive",
     "--sigma=inf": "positive",
     "--sigma=small": "positive number",
@@ -185,7 +255,10 @@ BAD = {
     "--variants=replay": "--sigma_from",
     "--sigma_from=somewhere": "f_star",
     "--dataset=nonesuch": "unknown data set",
-    "--dataset=imdb_reviews": "no `image`",
+    "--dataset=imdb_reviews": "no 8-bit `image`",
+    "--dataset=mnist:9.9.9": "unknown data set",
+    "--sigma_from=nowhere --variants=replay": "no finished run",
+    "--run_dir=/dev/null/run": "cannot be used",
     "--num_seeds=0": "at least 1",
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
@@ -201,7 +274,7 @@ BAD = {
 
 @pytest.mark.parametrize("flag", BAD)
 def test_bad_input_gets_one_line_and_nothing_is_written(flag, tmp_path):
-    result = run_command(flag, f"--run_dir={tmp_path / 'run'}")
+    result = run_command(f"--run_dir={tmp_path / 'run'}", *flag.split())
     assert result.returncode != 0
     assert BAD[flag] in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -296,4 +369,16 @@ def test_damaged_image_caches_are_refused(mnist_dir, tmp_path):
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(cache.read_bytes()[:5000])
     with pytest.raises(datasets.DatasetError, match="damaged: delete"):
+        datasets.load("mnist", data_dir=str(tmp_path))
+
+
+@prepares
+def test_a_data_set_in_another_file_format_is_not_called_unknown(mnist_dir, tmp_path):
+    """As anybody has it who prepared MNIST with TFDS's own defaults."""
+    shutil.copytree(Path(mnist_dir, "mnist"), tmp_path / "mnist", ignore=shutil.ignore_patterns("*.npy"))
+    info = next((tmp_path / "mnist").glob("*/dataset_info.json"))
+    for shard in info.parent.glob("*.array_record*"):
+        shard.rename(shard.with_name(shard.name.replace("array_record", "tfrecord")))
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(datasets.DatasetError, match=r"another file format.*--data_dir"):
         datasets.load("mnist", data_dir=str(tmp_path))

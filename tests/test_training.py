@@ -12,6 +12,7 @@ from lvae_jax import datasets, likelihoods, networks, toy, training
 from lvae_jax import vae as vae_lib
 
 BATCH = 20
+INDEX = jnp.arange(BATCH)
 
 
 def make_vae(sigma, head=likelihoods.fixed):
@@ -34,7 +35,7 @@ def take_steps(head, sigma, num_steps, *, beta=1.0, learning_rate=2e-3, clip_nor
     state = training.init(jax.random.key(0), vae, optimizer)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer, beta=beta))
     for index in range(num_steps):
-        state, metrics = step(jax.random.key(index), state=state, x=points(index))
+        state, metrics = step(jax.random.key(index), state=state, x=points(index), index=INDEX)
     return state, metrics
 
 
@@ -64,7 +65,7 @@ def test_first_step_is_adam_on_the_clipped_gradient_of_the_mean_negative_elbo():
     vae, x, key = make_vae(0.5), points(), jax.random.key(7)
     optimizer = training.optimizer(10, learning_rate=1e-2, clip_norm=0.1)
     state = training.init(jax.random.key(0), vae, optimizer)
-    after, metrics = training.train_step(key, vae, optimizer, state, x)
+    after, metrics = training.train_step(key, vae, optimizer, state, x, INDEX)
 
     keys = jnp.stack([jax.random.fold_in(key, index) for index in range(BATCH)])
     gradients = jax.grad(lambda params: -jnp.mean(vae_lib.elbo(keys, vae, params, x).elbo))(state.params)
@@ -86,7 +87,7 @@ def test_metrics_are_those_of_the_parameters_before_the_step():
     vae, x, key = make_vae(0.5), points(), jax.random.key(7)
     optimizer = training.optimizer(10)
     state = training.init(jax.random.key(0), vae, optimizer)
-    _, metrics = training.train_step(key, vae, optimizer, state, x)
+    _, metrics = training.train_step(key, vae, optimizer, state, x, INDEX)
     terms = vae_lib.elbo(vae_lib.example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
     np.testing.assert_allclose(metrics.scores.elbo, np.mean(terms.log_likelihood - terms.kl), rtol=1e-5)
     np.testing.assert_allclose(metrics.scores.mse, np.mean((x - terms.mean) ** 2), rtol=1e-5)
@@ -169,6 +170,24 @@ def test_replaying_a_learned_sigma_repeats_its_run():
     assert np.ptp(learned.scores.sigma_max) > 0.05
 
 
+SCHEDULES = [
+    likelihoods.constant(0.5),
+    likelihoods.geometric(1.0, 0.1, 4),
+    lambda step: 0.5,
+    lambda step: jnp.where(step < 2, 1.0, 0.5),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_makes_the_second_step_compile_again(schedule):
+    vae, optimizer = make_vae(schedule), training.optimizer(10)
+    state = training.init(jax.random.key(0), vae, optimizer)
+    step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer, x=points(), index=INDEX))
+    for index in range(3):
+        state, _ = step(jax.random.key(index), state=state)
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize("head", likelihoods.HEADS.values(), ids=likelihoods.HEADS)
 def test_nothing_is_traced_again_after_the_first_step(head):
     traces = []
@@ -196,8 +215,20 @@ def test_steps_stay_finite_from_extreme_sigmas_and_data(head, sigma):
     optimizer = training.optimizer(10)
     state = training.init(jax.random.key(0), vae, optimizer)
     for x in (points(), 1e3 * points(), jnp.zeros((BATCH, 2))):
-        state, metrics = training.train_step(jax.random.key(0), vae, optimizer, state, x)
+        state, metrics = training.train_step(jax.random.key(0), vae, optimizer, state, x, INDEX)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, metrics)))
+
+
+def test_a_share_of_the_batch_draws_its_own_noise():
+    vae, optimizer, x, key = make_vae(0.5), training.optimizer(10), points(), jax.random.key(7)
+    state = training.init(jax.random.key(0), vae, optimizer)
+    half = BATCH // 2
+    _, whole = training.train_step(key, vae, optimizer, state, x, INDEX)
+    shares = [
+        training.train_step(key, vae, optimizer, state, x[part], INDEX[part])[1]
+        for part in (slice(half), slice(half, None))
+    ]
+    np.testing.assert_allclose(np.mean([share.scores.elbo for share in shares]), whole.scores.elbo, rtol=1e-5)
 
 
 def test_examples_draw_noise_by_their_index_and_steps_by_their_number():
