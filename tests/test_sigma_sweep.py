@@ -123,6 +123,7 @@ def test_a_sigma_that_does_not_fit_is_refused(toy_run, tmp_path, change, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     config = SMALL._replace(variants=("f", "ls"))
     whole = sweep(config, tmp_path / "whole")
@@ -187,6 +188,7 @@ def test_a_gradient_that_overflows_is_not_trained_on_in_silence(tmp_path):
         sweep(SMALL._replace(variants=("f",), sigma=(1e-12,), num_seeds=1), tmp_path)
 
 
+@pytest.mark.slow
 def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 8."""
     config = SMALL._replace(variants=("ls",), num_steps=802, num_seeds=1)
