@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
@@ -83,8 +82,16 @@ def image_panels(panels: Sequence[Panel]) -> Figure:
 def losses(curves: Mapping[str, Curves]) -> Figure:
     """The losses over steps, as Figs. 8 and 9: -log p(x|z), the KL and their sum, a panel for each row, all members, on
     one scale."""
-    figure, axes = _grid(len(curves))
-    for axis, (title, curve) in zip(axes, curves.items(), strict=True):
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.6 * columns + 0.6, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    for axis in axes[len(curves) - columns : len(curves)]:  # nothing is below these
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("step")
+    for axis, (title, curve) in zip(axes, curves.items(), strict=False):
         for values, colour, label in (
             (-curve.elbo, "black", "-ELBO"),
             (-curve.log_likelihood, _MEANS, "reconstruction: -log p(x|z)"),
@@ -92,7 +99,7 @@ def losses(curves: Mapping[str, Curves]) -> Figure:
         ):
             axis.plot(curve.steps, values.T, color=colour, linewidth=0.8)
             axis.plot([], [], color=colour, label=label)
-        axis.set(title=title, xlabel="step")
+        axis.set_title(title)
         axis.set_yscale("symlog", linthresh=1.0)
     axes[0].set_ylabel("nats")
     axes[0].legend(frameon=False, fontsize=8)
@@ -148,13 +155,3 @@ def elbo_against_sigma(
     axis.set(xscale="log", xlabel=f"sigma [{unit}]", ylabel="ELBO [nats]")
     axis.legend(frameon=False)
     return figure
-
-
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.6, 3.2 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
