@@ -46,6 +46,6 @@ def soft_clip(value: Float[Array, "..."], low: float, high: float, *, softness: 
     lower_knee, upper_knee = low + softness, high - softness
     # Each exponential sees only arguments at or below zero: the branch that `where` discards must not overflow, or its
     # gradient would be NaN.
-    below = lower_knee + softness * jnp.expm1(jnp.minimum(value - lower_knee, 0.0) / softness)
-    above = upper_knee - softness * jnp.expm1(jnp.minimum(upper_knee - value, 0.0) / softness)
+    below = low + softness * jnp.exp(jnp.minimum(value - lower_knee, 0.0) / softness)
+    above = high - softness * jnp.exp(jnp.minimum(upper_knee - value, 0.0) / softness)
     return jnp.where(value < lower_knee, below, jnp.where(value > upper_knee, above, value))

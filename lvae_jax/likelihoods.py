@@ -28,7 +28,8 @@ from lvae_jax import gaussians
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
 
-# Learned log sigmas stay in this open interval, and are untouched from -6.5 to 1.5. The floor, sigma = 9e-4, lies below
+# Learned and closed-form log sigmas, initial values included, are softly clipped to this interval; they are untouched
+# from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Scale data of another magnitude first. The floor, sigma = 9e-4, lies below
 # the quantisation noise of 8-bit pixels on [0, 1], 1 / (255 sqrt 12) = 1.1e-3.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 
@@ -113,7 +114,7 @@ def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     """sigma-VAE: N(mean, sigma^2 I), sigma^2 = the mean squared error per dimension of the batch before; `sigma` serves
     the first step.
 
-    Rybkin et al. take the error of the same batch. The batch before gives the same gradients in expectation, and keeps
+    Rybkin et al. take the error of the same batch. The batch before differs from it by sampling noise alone, and keeps
     p(x|z) a density of one example: no example sets the sigma by which it is judged.
 
     Raises:

@@ -53,9 +53,9 @@ def log_prob(x: Float[Array, "B 2"], *, num_nodes: int = 400) -> Float[Array, " 
     u = jnp.asarray(((nodes + np.array([[-2.0], [0.0], [2.0]])) / 3.0).ravel(), jnp.float32)
     log_weights = jnp.log(jnp.asarray(np.tile(weights, 3) / 6.0, jnp.float32))
     stddev = noise(u)
-    squared_distance = jnp.sum(((x[:, None] - curve(u)) / stddev[:, None]) ** 2, axis=-1)
-    log_density = -0.5 * squared_distance - 2.0 * jnp.log(stddev) - jnp.log(2.0 * jnp.pi)
-    return jax.nn.logsumexp(log_density + log_weights, axis=1)
+    squared_distance = jnp.sum(((x[:, None] - curve(u)[None]) / stddev[None, :, None]) ** 2, axis=-1)
+    log_density = -0.5 * squared_distance - 2.0 * jnp.log(stddev)[None] - jnp.log(2.0 * jnp.pi)
+    return jax.nn.logsumexp(log_density + log_weights[None], axis=1)
 
 
 @functools.cache

@@ -260,7 +260,7 @@ BAD = {
     "--dataset=imdb_reviews": "no 8-bit `image`",
     "--dataset=mnist:9.9.9": "unknown data set",
     "--sigma_from=nowhere --variants=replay": "no finished run",
-    "--run_dir=/dev/null/run": "cannot be used",
+    "--run_dir=/dev/null/run": "cannot be written",
     "--num_seeds=0": "at least 1",
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
