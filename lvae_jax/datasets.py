@@ -163,7 +163,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     features = builder.info.features
     image: Any = features["image"] if features is not None and "image" in features else None
     shape: tuple[int | None, ...] = () if image is None else image.shape
-    if len(shape) != 3 or None in shape or shape[-1] not in (1, 3) or image.dtype != np.uint8:
+    if len(shape) != 3 or None in shape or shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
         raise DatasetError(
             f"data set {name!r} has no 8-bit `image` of a fixed shape [height, width, 1 or 3]: give one that has"
         )
