@@ -208,9 +208,8 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
     order = [variant for variant in VARIANTS if variant in config.variants]
     num_members = config.num_seeds * sum(len(config.sigma) if variant == "f" else 1 for variant in order)
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
-    alone = (
-        len(dataset.shape) == 3
-    )  # a vmapped convolution with a kernel for each member is a grouped one, which is slow
+    # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
+    alone = len(dataset.shape) == 3
     programs = {}
     for variant in order:
         model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
