@@ -1,25 +1,34 @@
 """Trains a group of sweep members with checkpoints, metrics and a progress bar: what the experiments share, and where
 they compile."""
 
+import collections
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jaxtyping import Array, Float, Int
 
 from lvae_jax import evaluation, runs, training
 from lvae_jax import vae as vae_lib
-from lvae_jax.datasets import Dataset, to_float
+from lvae_jax.datasets import Dataset, example_keys, to_float
+from lvae_jax.likelihoods import Schedule
 from lvae_jax.training import TrainState
 from lvae_jax.vae import VAE, Scores
 
 CHECKPOINT_SECONDS = 60.0
+# Training examples lie on each device if they take at most this part of its memory, or, where a device keeps silent
+# about that, this many bytes; others are streamed.
+RESIDENT_FRACTION = 0.25
+RESIDENT_BYTES = 2**30
+PREFETCH = 2  # batches on their way to the devices while these are at work
 
 
 class Group(NamedTuple):
@@ -32,8 +41,8 @@ class Group(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Of one model: the mean and stddev of p(x|z) for given examples [B, *S]; samples from the prior with their means
-    and stddevs, likewise."""
+    """Of one model: the mean and stddev of p(x|z), z drawn from q(z|x), for given examples [B, *S]; samples from the
+    prior with their means, likewise."""
 
     reconstructions: Float[Array, "..."]
     reconstruction_stddevs: Float[Array, "..."]
@@ -43,39 +52,129 @@ class Pictures(NamedTuple):
 
 class Programs(NamedTuple):
     """The compiled functions of one variant; they serve all groups of the same size. All map over the members of a
-    group."""
+    group. `layout` says how `steps` takes its arguments; all others run on one device."""
 
+    layout: training.Layout
     init: Callable[..., TrainState]
     steps: Callable[..., tuple[TrainState, training.Metrics]]
-    score: Callable[..., Scores]
+    examine: Callable[..., tuple[Scores, evaluation.Details]]
+    importance_score: Callable[..., Array]
+    evidence: Callable[..., Array]
     pictures: Callable[..., Pictures]
 
 
-def compile_programs(dataset: Dataset, make_vae: Callable[[Any], VAE], *, num_steps: int, beta: float) -> Programs:
-    """Compiles, at the first call of each, the programs of the model `make_vae(sigma)`."""
-    optimizer = training.optimizer(num_steps)
+def connect(
+    *, distributed: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins several processes, on one host or on many, into one run; call it before JAX looks at its devices. Nothing
+    happens without `distributed` and an address.
 
-    def score(seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array) -> Scores:
-        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Scores:
-            return evaluation.score(jax.random.fold_in(jax.random.key(seed), 2), make_vae(sigma), params, x, index)
+    Args:
+      distributed: asks the cluster (Slurm, Cloud TPU and others, see `jax.distributed.initialize`) for all else.
 
-        return jax.vmap(one)(seeds, sigmas, states.params)
+    Raises:
+      runs.RunError: the arguments do not fit together, or the processes cannot be joined.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if not distributed and given == (None, None, None):
+        return
+    if not distributed and None in given:
+        raise runs.RunError("--coordinator_address, --num_processes and --process_id: give all three, or --distributed")
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise runs.RunError(f"--process_id={process_id}: must be from 0 to num_processes - 1 = {num_processes - 1}")
+    try:
+        jax.distributed.initialize(*given)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise runs.RunError(
+            f"cannot join the processes ({reason}): give --coordinator_address=HOST:PORT, --num_processes and "
+            "--process_id"
+        ) from None
+
+
+def layout(dataset: Dataset) -> training.Layout:
+    """How training uses the devices: images split their batches over the devices of all processes, points in the plane
+    their members over those of one; there, all processes do the same."""
+    if jax.device_count() == 1:  # where calling what pmap made takes longer than what jit made
+        return training.one_device()
+    if len(dataset.shape) == 3:
+        return training.split_batch(jax.devices())
+    return training.split_members(jax.local_devices())
+
+
+def place(dataset: Dataset) -> Any:
+    """The training examples, on every device, if they fit; None, as for a stream, if `fit` has to stream them."""
+    if dataset.train is None:
+        return None
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    fits = dataset.train.nbytes <= (RESIDENT_BYTES if memory is None else RESIDENT_FRACTION * memory)
+    return jax.device_put(np.asarray(dataset.train), layout(dataset).whole) if fits else None
+
+
+def compile_programs(
+    dataset: Dataset,
+    make_vae: Callable[[Any], VAE],
+    *,
+    num_steps: int,
+    beta: float | Schedule,
+    ema_decay: float = 0.0,
+    **schedule: Any,
+) -> Programs:
+    """Compiles, at the first call of each, the programs of the model `make_vae(sigma)`. `schedule` are options of
+    `training.optimizer`."""
+    devices = layout(dataset)
+    model = {
+        "make_vae": make_vae,
+        "optimizer": training.optimizer(num_steps, **schedule),
+        "ema_decay": ema_decay,
+    }
+
+    def examine(
+        seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array
+    ) -> tuple[Scores, evaluation.Details]:
+        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> tuple[Scores, evaluation.Details]:
+            data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
+            return evaluation.examine(jax.random.fold_in(jax.random.key(seed), 2), make_vae(sigma), params, data, index)
+
+        return jax.vmap(one)(seeds, sigmas, states.weights)
+
+    def importance_score(
+        seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array, num_samples: int
+    ) -> Array:
+        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Array:
+            data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
+            key = jax.random.fold_in(jax.random.key(seed), 5)
+            return evaluation.importance_score(key, make_vae(sigma), params, data, index, num_samples=num_samples)
+
+        return jax.vmap(one)(seeds, sigmas, states.weights)
+
+    def evidence(sigmas: Array, states: TrainState, x: Array, num_nodes: int) -> Array:
+        def one(member: tuple[Array, vae_lib.Params]) -> Array:
+            sigma, params = member
+            return vae_lib.evidence(make_vae(sigma), params, x, num_nodes=num_nodes)
+
+        return jax.lax.map(one, (sigmas, states.weights))
 
     def pictures(seeds: Array, sigmas: Array, states: TrainState, x: Array) -> Pictures:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Pictures:
-            key, vae = jax.random.fold_in(jax.random.key(seed), 3), make_vae(sigma)
-            samples, means, _ = vae_lib.generate(key, vae, params, num_samples=len(x))
-            return Pictures(*vae_lib.reconstruct(vae, params, to_float(x)), samples, means)
+            vae, key, prior_key = make_vae(sigma), *jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+            # The posterior's mean would not do: in many dimensions it lies where no draw ever is.
+            terms = vae_lib.elbo(example_keys(key, jnp.arange(len(x))), vae, params, to_float(x))
+            samples, means, _ = vae_lib.generate(prior_key, vae, params, num_samples=len(x))
+            return Pictures(terms.mean, terms.stddev, samples, means)
 
-        return jax.vmap(one)(seeds, sigmas, states.params)
+        return jax.vmap(one)(seeds, sigmas, states.weights)
 
-    model = {"make_vae": make_vae, "optimizer": optimizer}
+    steps = functools.partial(
+        training.members_steps, **model, batch=dataset.batch, beta=beta, axis_name=devices.axis_name
+    )
     return Programs(
+        layout=devices,
         init=jax.jit(functools.partial(training.members_init, **model)),
-        steps=jax.jit(
-            functools.partial(training.members_steps, **model, batch=dataset.batch, beta=beta), donate_argnums=2
-        ),
-        score=jax.jit(score),
+        steps=devices.map(steps, donate_argnums=2),
+        examine=jax.jit(examine),
+        importance_score=jax.jit(importance_score, static_argnames="num_samples"),
+        evidence=jax.jit(evidence, static_argnames="num_nodes"),
         pictures=jax.jit(pictures),
     )
 
@@ -107,6 +206,8 @@ def fit(
 ) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
     """Trains the group to `num_steps`, from where `start` finds it, and writes its metrics and checkpoints.
 
+    `train` is what `place` returned; examples that it left on the host are streamed.
+
     Returns:
       The final states, and the record of sigma in force at each step from 0 to T = `num_steps` (where sigma is a
       vector: its largest value); the last one, after the last update, is left NaN for the evaluation to fill.
@@ -115,24 +216,36 @@ def fit(
       runs.RunError: the checkpoint is damaged, or training diverged.
     """
     states, record = start(run_dir, group, programs, num_steps=num_steps)
-    step = int(states.step[0])
+    step, num_members, devices = int(states.step[0]), len(group.seeds), programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
-    bar.update(step * len(group.seeds))
+    bar.update(step * num_members)
 
     interval = max(1, min(100, num_steps // 100))  # between two lines of metrics
     # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
     fused = 1 if jax.default_backend() == "cpu" else math.gcd(interval, num_steps)
+    streamed = train is None and dataset.train is not None
+
+    def batches(first: int) -> tuple[Any, Any]:
+        """The indices, and if they are streamed the examples, of the `fused` steps from `first` on."""
+        steps = range(first, first + fused)
+        whole = [[dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in steps]
+        indices = devices.share(np.asarray(whole))
+        if streamed:
+            return jax.device_put((indices, np.asarray(dataset.train[indices])), devices.batches)
+        return indices, None
+
+    feed = (prefetch if streamed else map)(batches, range(step, num_steps, fused))
+    seeds, sigmas, states = devices.place((group.seeds, group.sigmas, states))
     checkpoints = runs.Checkpoints(run_dir, group.name)
     saved = time.monotonic()
     while step < num_steps:
         stop = min(step + interval, num_steps)
         parts = []
-        for first in range(step, stop, fused):
-            steps = range(first, first + fused)
-            indices = [[dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in steps]
-            states, metrics = programs.steps(group.seeds, group.sigmas, states, train, np.asarray(indices))
+        for _ in range(step, stop, fused):
+            states, metrics = programs.steps(seeds, sigmas, states, train, *next(feed))
             parts.append(metrics)
-        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *jax.device_get(parts))  # [M, stop - step]
+        parts = devices.collect(parts, num_members, 1)
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
         scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
         if not np.isfinite([scores.elbo, gradient_norm]).all():
             raise runs.RunError(f"training of {group.name} diverged before step {stop}: give another --sigma or --beta")
@@ -145,10 +258,68 @@ def fit(
         runs.append_metrics(run_dir, lines)
         record[:, step:stop] = metrics.scores.sigma_max
         bar.set_postfix_str(f"ELBO {scores.elbo.mean():.4g} nats", refresh=False)
-        bar.update((stop - step) * len(group.seeds))
+        bar.update((stop - step) * num_members)
         step = stop
         if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoints.save(step, (states, record))
+            checkpoints.save(step, (devices.collect(states, num_members, 0), record))
             saved = time.monotonic()
     checkpoints.close()
-    return states, record
+    return jax.device_put(devices.collect(states, num_members, 0)), record
+
+
+def prefetch(batches: Callable[[int], Any], firsts: Iterable[int]) -> Iterator[Any]:
+    """`map(batches, firsts)`, with the next `PREFETCH` results made in a thread while the one before is used."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead: collections.deque[Future] = collections.deque()
+        for first in firsts:
+            ahead.append(thread.submit(batches, first))
+            if len(ahead) > PREFETCH:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def evaluate(
+    group: Group, programs: Programs, states: TrainState, dataset: Dataset
+) -> tuple[Scores, evaluation.Diagnostics]:
+    """The scores [M, N] of the N examples of the test split by each of the group's M members, and their diagnostics.
+
+    Raises:
+      runs.RunError: they are not finite.
+    """
+    examine = functools.partial(programs.examine, group.seeds, group.sigmas, states)
+    scores, details = evaluation.over_split(examine, dataset.test, chunk_size=_chunk_size(dataset))
+    if not np.isfinite(scores.elbo).all():
+        raise runs.RunError(f"training of {group.name} diverged in its last steps: give another --sigma or --beta")
+    return scores, evaluation.diagnostics(details)
+
+
+def importance_bound(
+    group: Group, programs: Programs, states: TrainState, dataset: Dataset, *, num_samples: int
+) -> Float[np.ndarray, "M N"]:
+    """The importance-weighted bound, in nats, of the N examples of the test split by each of M members."""
+    score: Any = functools.partial(
+        programs.importance_score, group.seeds, group.sigmas, states, num_samples=num_samples
+    )
+    return evaluation.over_split(score, dataset.test, chunk_size=_chunk_size(dataset))
+
+
+def evidence(
+    group: Group, programs: Programs, states: TrainState, x: np.ndarray, *, tolerance: float = 1e-3
+) -> tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]:
+    """log p(x) in nats of the points x by each of M members, by quadrature over a latent space of one or two
+    dimensions, with the change of its mean when the number of nodes was last doubled: below `tolerance`, or as it was
+    at 2,048."""
+    num_nodes = 128
+    coarse = jax.device_get(programs.evidence(group.sigmas, states, x, num_nodes))
+    while True:
+        num_nodes *= 2
+        fine = jax.device_get(programs.evidence(group.sigmas, states, x, num_nodes))
+        change = np.abs(fine.mean(axis=-1) - coarse.mean(axis=-1))
+        if num_nodes == 2048 or change.max() < tolerance:
+            return fine, change
+        coarse = fine
+
+
+def _chunk_size(dataset: Dataset) -> int:
+    return max(1, min(1000, 2**20 // math.prod(dataset.shape)))

@@ -4,36 +4,30 @@
 
 trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves
 metrics, checkpoints, figures and summary.json in a directory below runs/. The same command resumes an interrupted run,
-and reports a finished one again. It takes some two minutes on two CPU cores; expect ELBOs of about -0.90, -0.75 and
+and reports a finished one again. It takes some four minutes on two CPU cores; expect ELBOs of about -0.90, -0.75 and
 -0.48 nats.
 """
 
 import functools
-import hashlib
-import json
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
-from experiments import loop
-from lvae_jax import datasets, evaluation, figures, likelihoods, networks, runs, training
+from experiments import command, loop, report
+from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS
+from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
 
-VARIANTS = {
-    "f": "F-VAE",
-    "ls": "LS-VAE",
-    "lv": "LV-VAE",
-    "optimal": "sigma-VAE",
-    "f_star": "F*-VAE",
-    "replay": "replayed F-VAE",
-}
+NUM_EVIDENCE_EXAMPLES = 1000
+TWINS = {"f_star": "f", "geometric": "replay"}  # the same model with other sigmas: one program serves both
 
 
 class Config(NamedTuple):
@@ -47,21 +41,41 @@ class Config(NamedTuple):
     num_steps: int = 3000
     batch_size: int = 100
     latent_size: int = 2
+    widths: tuple[int, ...] = (200,)
+    num_blocks: int = 4
+    bfloat16: bool = False
+    gain: float = 0.03
     beta: float = 1.0
+    learning_rate: float = 2e-3
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    ema_decay: float = 0.0
     sigma_from: str | None = None
+    num_importance_samples: int = 0
+    evidence: bool = False
+    image_size: int | None = None
+    flip: bool = False
+    dequantize: bool = False
+    discretise: bool = False
+    fake_data: bool = False
 
 
-IMAGE_DEFAULTS = {"num_steps": 600, "latent_size": 256}  # an epoch of MNIST; the paper trains 1,000
+# The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
+IMAGE_DEFAULTS: dict[str, Any] = {"num_steps": 600, "latent_size": 256, "widths": (32, 64, 64), "num_blocks": 4}
+CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
+CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
 
 def configure(**values: Any) -> Config:
     """The config of these values, and of the data set's defaults for what is not given or None."""
     given = {name: value for name, value in values.items() if value is not None}
-    return Config(**(IMAGE_DEFAULTS if given.get("dataset", "toy") != "toy" else {}) | given)
+    defaults = {"toy": {}, "celeb_a": CELEBA_DEFAULTS}.get(given.get("dataset", "toy"), IMAGE_DEFAULTS)
+    return Config(**defaults | given)
 
 
-class UsageError(Exception):
-    """The flags ask for something impossible; the message, one line, names the fix."""
+def data_options(config: Config) -> dict[str, Any]:
+    """The fields that say how `datasets.load` is to make the examples."""
+    return {name: getattr(config, name) for name in ("image_size", "flip", "dequantize", "fake_data")}
 
 
 def run(
@@ -70,127 +84,176 @@ def run(
     run_dir: str | None = None,
     data_dir: str | None = None,
     manual_dir: str | None = None,
+    celeba_dir: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs, resumes or reports the sweep; returns what summary.json holds.
 
     Raises:
-      UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
+      command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
       overwritten.
     """
-    check(config, data_dir=data_dir)
-    path = Path(run_dir).expanduser() if run_dir else default_run_dir(config)
-    finished = runs.find_run(path, config._asdict())
-    if finished is not None:
-        echo(f"{path} is finished")
-        echo(table(finished))
-        return finished
-    record = imported_record(config, path)
-    dataset = datasets.load(config.dataset, data_dir=data_dir, manual_dir=manual_dir)
-    runs.make_run(path, config._asdict())
-    summary = train_all(config, path, dataset, record)
-    runs.write_json(path / "summary.json", summary)
-    echo(table(summary))
-    echo(f"metrics, checkpoints, figures and summary.json: {path}")
-    return summary
+    places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
+    check(config, **places)
+
+    def compute(path: Path) -> dict[str, Any]:
+        record = imported_record(config, path)
+        dataset = datasets.load(config.dataset, **data_options(config), **places)
+        runs.make_run(path, config._asdict())
+        return train_all(config, path, dataset, record)
+
+    name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
+    return command.run(config._asdict(), name, run_dir, compute=compute, table=report.table, echo=echo)
 
 
-def check(config: Config, *, data_dir: str | None = None) -> None:
-    """Returns if the config can be run.
+def check(config: Config, **places: Any) -> None:
+    """Returns if the config can be run on the data in `places`, the folders that `datasets.load` takes.
 
     Raises:
-      UsageError, datasets.DatasetError: it cannot.
+      command.UsageError, datasets.DatasetError: it cannot.
     """
     for sigma in config.sigma:
         if not 1e-15 < sigma < 1e15:  # squares have to fit into float32
-            raise UsageError(f"--sigma={sigma:g}: every sigma must be a positive number, from 1e-15 to 1e15")
+            raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a positive number, from 1e-15 to 1e15")
     for name, values in (("sigma", config.sigma), ("variants", config.variants)):
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"--{name}={','.join(map(str, values))}: give at least one, and each only once")
+            raise command.UsageError(f"--{name}={','.join(map(str, values))}: give at least one, and each only once")
     unknown = [variant for variant in config.variants if variant not in VARIANTS]
     if unknown:
-        raise UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
-    needing = [variant for variant in ("f_star", "replay") if variant in config.variants]
+        raise command.UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
+    needing = [variant for variant in FOLLOWING if variant in config.variants]
     if needing and "ls" not in config.variants and config.sigma_from is None:
-        raise UsageError(
+        raise command.UsageError(
             f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR"
         )
     if config.sigma_from is not None and (not needing or "ls" in config.variants):
-        raise UsageError(
-            "--sigma_from serves f_star and replay in place of ls: name one of those in --variants, not ls"
+        raise command.UsageError(
+            f"--sigma_from serves {', '.join(FOLLOWING)} in place of ls: name one of those in --variants, not ls"
         )
     if not (0.0 <= config.beta < math.inf):
-        raise UsageError(f"--beta={config.beta:g}: must be a number from 0 on")
-    for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
+        raise command.UsageError(f"--beta={config.beta:g}: must be a number from 0 on")
+    if min(config.widths, default=0) < 1 or (config.dataset == "toy" and len(config.widths) > 1):
+        number = "one positive number" if config.dataset == "toy" else "positive numbers"
+        raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
+    for name in ("learning_rate", "clip_norm", "gain"):
+        value = getattr(config, name)
+        if not 0.0 < value < math.inf:
+            raise command.UsageError(f"--{name}={value:g}: must be a positive number")
+    if not 0.0 <= config.ema_decay < 1.0:
+        raise command.UsageError(f"--ema_decay={config.ema_decay:g}: must be from 0, for none, to below 1")
+    if config.discretise and (config.dataset == "toy" or config.dequantize):
+        raise command.UsageError("--discretise is for images that are not dequantised: leave it, or --dequantize, out")
+    if config.evidence and (config.dataset != "toy" or config.latent_size > 2):
+        raise command.UsageError("--evidence takes a toy with --latent_size 1 or 2: see --num_importance_samples")
+    if config.num_importance_samples < 0:
+        raise command.UsageError(
+            f"--num_importance_samples={config.num_importance_samples}: must be 0, for none, or more"
+        )
+    for name in ("num_seeds", "num_steps", "batch_size", "latent_size", "num_blocks"):
         value = getattr(config, name)
         if value < 1:
-            raise UsageError(f"--{name}={value}: must be at least 1")
+            raise command.UsageError(f"--{name}={value}: must be at least 1")
+    if not 0 <= config.warmup_steps < config.num_steps:
+        raise command.UsageError(f"--warmup_steps={config.warmup_steps}: must be from 0 to num_steps - 1")
     if not 0 <= config.seed < 2**31 - config.num_seeds:
-        raise UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
-    datasets.check_name(config.dataset, data_dir=data_dir)
-
-
-def default_run_dir(config: Config) -> Path:
-    """runs/ and a name made of the flags alone: the same command finds its run again."""
-    digest = hashlib.sha256(json.dumps(config._asdict()).encode()).hexdigest()[:8]
-    return Path("runs", f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}_{digest}")
+        raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
+    datasets.check(config.dataset, **data_options(config), **places)
+    if config.dataset != "toy" and config.batch_size % jax.device_count():
+        raise command.UsageError(
+            f"--batch_size={config.batch_size}: the {jax.device_count()} devices share each batch of images, give a "
+            f"multiple of {jax.device_count()}"
+        )
 
 
 def imported_record(config: Config, path: Path) -> np.ndarray | None:
     """sigma(t) of the LS runs in --sigma_from, [num_seeds, T + 1], or None without that flag; a run keeps its copy.
 
     Raises:
-      UsageError: that run is unfinished, or another data set, seeds or (for replay) number of steps were used.
+      command.UsageError: that run is unfinished, or of another data set, other seeds or (for a schedule) another number
+        of steps.
     """
     if config.sigma_from is None:
         return None
     copy, source = path / "ls_sigma.npy", Path(config.sigma_from).expanduser()
     if not copy.exists():
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
-            raise UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
+            raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
         theirs = runs.read_json(source / "flags.json")
-        names = ["dataset", "seed", "num_seeds"] + (["num_steps"] if "replay" in config.variants else [])
+        names = ["dataset", *data_options(config), "seed", "num_seeds"]
+        names += ["num_steps"] if set(SCHEDULED) & set(config.variants) else []
         for name in names:
             if theirs.get(name) != getattr(config, name):
-                raise UsageError(f"--sigma_from={source}: made with --{name}={theirs.get(name)}, give the same here")
+                raise command.UsageError(
+                    f"--sigma_from={source}: made with --{name}={theirs.get(name)}, give the same here"
+                )
     try:
         return np.load(copy if copy.exists() else source / "ls_sigma.npy")
     except (OSError, ValueError):
-        raise UsageError(f"--sigma_from={source}: its ls_sigma.npy is damaged, run its command again") from None
+        raise command.UsageError(f"--sigma_from={source}: its ls_sigma.npy is damaged, run its command again") from None
 
 
-def make_vae(variant: str, shape: tuple[int, ...], latent_size: int, sigma: Any) -> vae_lib.VAE:
+def make_vae(
+    variant: str,
+    shape: tuple[int, ...],
+    latent_size: int,
+    sigma: Any,
+    *,
+    gain: float = Config().gain,
+    discretise: bool = False,
+    **network: Any,
+) -> vae_lib.VAE:
     """The paper's networks for data of this shape, under the variant's observation model.
 
-    `sigma` is a number or, for replay, one for each step. The gain of the LV-VAE on points in the plane is such that
-    every seed finds the curve, see `likelihoods.learned_vector`.
+    `sigma` is a number or, for the scheduled variants, one for each step; `gain` is that of
+    `likelihoods.learned_vector`. On images no learned sigma goes below the noise of quantisation. `network` are options
+    of both networks.
     """
     images = len(shape) == 3
-    if variant == "lv":
-        likelihood = likelihoods.learned_vector(sigma, gain=1.0 if images else 0.03)
-    elif variant == "replay":
+    floor = {"floor": likelihoods.QUANTISATION_NOISE} if images else {}
+    if variant in CONSTANT:
+        likelihood = likelihoods.fixed(sigma)
+    elif variant in SCHEDULED:
         likelihood = likelihoods.fixed(likelihoods.replay(sigma))
+    elif variant == "lv":
+        likelihood = likelihoods.learned_vector(sigma, gain=gain, **floor)
     else:
-        likelihood = likelihoods.HEADS["f" if variant == "f_star" else variant](sigma)
+        likelihood = likelihoods.HEADS[variant](sigma, **floor)
+    if discretise:
+        likelihood = likelihoods.discretised(likelihood)
     encoder = networks.conv_encoder if images else networks.mlp_encoder
     decoder = networks.conv_decoder if images else networks.mlp_decoder
     return vae_lib.VAE(
-        encoder(shape, latent_size), decoder(shape, likelihood.outputs, latent_size), likelihood, latent_size
+        encoder(shape, latent_size, **network),
+        decoder(shape, likelihood.outputs, latent_size, **network),
+        likelihood,
+        latent_size,
     )
+
+
+def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
+    """What makes the variant's model of the config, for data of this shape, of its sigma."""
+    network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
+    network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
+    head: dict[str, Any] = {"gain": config.gain, "discretise": config.discretise}
+    return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
 
 
 def groups(config: Config, variant: str, record: np.ndarray | None, *, alone: bool) -> list[loop.Group]:
     """The sweep members of a variant, all together or each alone; for f, they are every sigma with every seed.
 
-    `record` is sigma(t) of LS runs, [num_seeds, T + 1], which f_star and replay need.
+    `record` is sigma(t) of LS runs, [num_seeds, T + 1], which those that follow them need. geometric decays, over the
+    first half of the steps, from their first sigma to their last.
     """
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     sigmas = np.ones(config.num_seeds)
     if variant == "f":
         sigmas, seeds = np.repeat(config.sigma, config.num_seeds), np.tile(seeds, len(config.sigma))
-    elif variant in ("f_star", "replay"):
+    elif variant in FOLLOWING:
         assert record is not None, "checked before"
-        sigmas = record[:, -1] if variant == "f_star" else record
+        sigmas = record if variant == "replay" else record[:, -1]
+        if variant == "geometric":
+            progress = np.minimum(np.arange(config.num_steps + 1) / half_way(config), 1.0)
+            sigmas = record[:, :1] * (record[:, -1:] / record[:, :1]) ** progress
     if not alone:
         return [loop.Group(variant, seeds, sigmas)]
     return [
@@ -199,21 +262,31 @@ def groups(config: Config, variant: str, record: np.ndarray | None, *, alone: bo
     ]
 
 
+def half_way(config: Config) -> int:
+    """The step at which geometric and kl_warmup have gone all their way."""
+    return max(1, config.num_steps // 2)
+
+
 def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None) -> dict[str, Any]:
     """Trains and evaluates every variant and draws the figures; returns the summary.
 
     `record` is sigma(t) of LS runs elsewhere; those of this sweep take its place, and are written to ls_sigma.npy.
     """
-    train = jax.device_put(dataset.train)
+    train = loop.place(dataset)
     order = [variant for variant in VARIANTS if variant in config.variants]
     num_members = config.num_seeds * sum(len(config.sigma) if variant == "f" else 1 for variant in order)
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
     alone = len(dataset.shape) == 3
-    programs = {}
+    names = ("num_steps", "learning_rate", "clip_norm", "warmup_steps", "ema_decay")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    programs: dict[str, loop.Programs] = {}
     for variant in order:
-        model = functools.partial(make_vae, variant, dataset.shape, config.latent_size)
-        programs[variant] = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=config.beta)
+        make = model(config, variant, dataset.shape)
+        warmup = optax.linear_schedule(0.0, config.beta, half_way(config))
+        beta = warmup if variant == "kl_warmup" else config.beta
+        compiled = programs.get(TWINS.get(variant, variant))
+        programs[variant] = compiled or loop.compile_programs(dataset, make, beta=beta, **options)
     if record is not None:
         keep_record(path, record)
     for variant in order:  # a damaged checkpoint has to come to light before any work
@@ -222,13 +295,15 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
                 loop.start(path, group, programs[variant], num_steps=config.num_steps)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
-    with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+    quiet = jax.process_index() != 0
+    total = num_members * config.num_steps
+    with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, disable=quiet) as bar:
         for variant in order:
             bar.set_description(VARIANTS[variant])
             records = []
             for group in groups(config, variant, record, alone=alone):
                 states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
-                of_group, its_panels = evaluate(variant, group, programs[variant], states, dataset)
+                of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset)
                 sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
                 members += of_group
@@ -236,17 +311,36 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
             if variant == "ls":
                 record = np.concatenate(records)
                 keep_record(path, record)
-    draw(path, members, panels, dataset)
-    return {
-        "rows": [row(part, dataset.shape) for part in by_row(members).values()],
+    kind = "points" if config.dataset == "toy" else "density"
+    kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
+    summary: dict[str, Any] = {
+        "rows": [report.row(part, dataset.shape, kind=kind) for part in report.by_row(members).values()],
         "members": members,
         "dataset": config.dataset,
+        "shape": list(dataset.shape),
+        "kind": kind,
         "num_dimensions": math.prod(dataset.shape),
+        "latent_size": config.latent_size,
         "num_test_examples": len(dataset.test),
+        "num_importance_samples": config.num_importance_samples,
+        "num_evidence_examples": NUM_EVIDENCE_EXAMPLES,
         "unit": dataset.unit,
+        "weights": "ema" if config.ema_decay else "params",  # of a checkpoint, which these are the scores of
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
+    if config.dataset == "toy":
+        log_prob = np.concatenate([toy.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
+        report.add_toys_limits(summary["rows"], float(log_prob.mean()))
+        summary["entropy"] = theory.toy_entropy()
+        # Of as many true points, in the place of reconstructions and of samples: what the measures are for a model that
+        # copies, and for a perfect one.
+        key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
+        true = np.asarray(dataset.batch(None, key, jnp.arange(1000)))
+        summary["true_measures"] = toy_measures(true, true, true, dataset.test)
+    if jax.process_index() == 0:  # which has all metrics
+        report.draw(path, summary, panels)
+    return summary
 
 
 def keep_record(path: Path, record: np.ndarray) -> None:
@@ -255,194 +349,190 @@ def keep_record(path: Path, record: np.ndarray) -> None:
 
 
 def evaluate(
-    variant: str, group: loop.Group, programs: loop.Programs, states: training.TrainState, dataset: datasets.Dataset
+    config: Config,
+    variant: str,
+    group: loop.Group,
+    programs: loop.Programs,
+    states: training.TrainState,
+    dataset: datasets.Dataset,
 ) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
-    """The final scores of each member on the whole test split, and its pictures of the first test examples.
+    """The final scores and diagnostics of each member on the whole test split, and its pictures of the first test
+    examples.
 
     Raises:
       runs.RunError: the scores are not finite.
     """
-    models = (group.seeds, group.sigmas, states)
-    chunk_size = max(1, min(1000, 2**20 // math.prod(dataset.shape)))
-    score = functools.partial(programs.score, *models)
-    scores = vae_lib.summary(evaluation.over_split(score, dataset.test, chunk_size=chunk_size))
-    if not np.isfinite(scores.elbo).all():
-        raise runs.RunError(f"training of {group.name} diverged in its last steps: give another --sigma or --beta")
-    shown = dataset.test[: 1000 if len(dataset.shape) == 1 else 12]
-    pictures = jax.device_get(programs.pictures(*models, shown))
+    scores, diagnostics = loop.evaluate(group, programs, states, dataset)
+    columns = {name: values for name, values in vae_lib.summary(scores)._asdict().items()}
+    columns |= diagnostics._asdict() | {"best_sigma": np.sqrt(columns["mse"])}
+    if config.num_importance_samples:
+        bounds = loop.importance_bound(group, programs, states, dataset, num_samples=config.num_importance_samples)
+        columns["importance_bound"] = bounds.mean(axis=-1)
+    if config.evidence:
+        x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
+        evidence, columns["evidence_error"] = loop.evidence(group, programs, states, x)
+        columns["model_gap"] = np.mean(toy.log_prob(jnp.asarray(x))[None] - evidence, axis=-1)
+        columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
+    images = len(dataset.shape) == 3
+    shown = dataset.test[: 100 if images else 1000]
+    data = np.asarray(datasets.to_float(shown))
+    pictures = jax.device_get(programs.pictures(group.seeds, group.sigmas, states, shown))
+    originals = jnp.asarray(data)
+    if images and evaluation.laplacian_energy(originals).any():  # images without any detail have no sharpness
+        columns["sharpness"] = [evaluation.sharpness(jnp.asarray(mean), originals) for mean in pictures.reconstructions]
+        pairs = zip(*map(jnp.asarray, (pictures.samples, pictures.sample_means)), strict=True)
+        columns["sample_noise"] = [evaluation.sample_noise(samples, means, originals).rms for samples, means in pairs]
+    if config.dataset == "toy":
+        pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
+        measures = [toy_measures(*pair, shown, dataset.test) for pair in pairs]
+        columns |= {name: [of_member[name] for of_member in measures] for name in measures[0]}
     members, panels = [], []
     for index, seed in enumerate(group.seeds):
-        final = {name: float(values[index]) for name, values in scores._asdict().items()}
-        sigma = float(group.sigmas[index]) if variant in ("f", "f_star") else final["sigma_mean"]
+        final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}
+        final["diagnosis"] = evaluation.diagnosis(type(diagnostics)(*(field[index] for field in diagnostics)))
+        sigma = float(group.sigmas[index]) if variant in CONSTANT else final["sigma_mean"]
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
         title = f"{VARIANTS[variant]}, sigma = {sigma:.3g}"
-        data = np.asarray(datasets.to_float(shown))
-        panels.append(figures.Panel(title, data, *(field[index] for field in pictures)))
+        drawn = slice(12 if images else None)
+        panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))
     return members, panels
 
 
-def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Members by the title of their row: seeds are pooled, and F-VAEs told apart by their sigma."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for member in members:
-        title = VARIANTS[member["variant"]] + (f", sigma = {member['sigma']}" if member["variant"] == "f" else "")
-        rows.setdefault(title, []).append(member)
-    return rows
-
-
-def row(members: Sequence[dict[str, Any]], shape: tuple[int, ...]) -> dict[str, Any]:
-    """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one)."""
-    elbos = [member["elbo"] for member in members]
-    names = ("sigma", "elbo", "log_likelihood", "kl", "mse", "sigma_min", "sigma_max")
-    mean = {name: float(np.mean([member[name] for member in members])) for name in names}
-    return mean | {
-        "variant": members[0]["variant"],
-        "num_seeds": len(members),
-        "elbo_sd": float(np.std(elbos, ddof=1)) if len(members) > 1 else 0.0,
-        "elbo_paper": evaluation.paper_elbo(mean["elbo"], shape),
+def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """What Figs. 4, 6 and 7 show, in numbers, in lengths of the toy: the root mean square distance of reconstructions
+    of x from the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three
+    regions and their sliced Wasserstein distance from the test points."""
+    points = jnp.asarray(reconstructions)
+    gap = points - toy.curve(toy.nearest(points))
+    return {
+        "curve_distance": float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
+        "noise_kept": float(toy.noise_kept(points, jnp.asarray(x))),
+        "band_widths": np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
+        "sliced_wasserstein": generation.sliced_wasserstein(jax.random.key(0), samples, test),
     }
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
-    rows = [
-        f"{VARIANTS[row['variant']]:16}{row['sigma']:9.4g}{row['elbo']:12.4f} +- {row['elbo_sd']:<6.4f}"
-        f"{row['elbo_paper']:13.4f}{row['log_likelihood']:13.4f}{row['kl']:10.4f}{row['mse']:12.4g}"
-        for row in summary["rows"]
-    ]
-    return f"""\
-{"":16}{"sigma":>9}{"ELBO [nats]":>21}{"in the paper":>14}{"log p(x|z)":>13}{"KL":>10}{"MSE":>12}
-{chr(10).join(rows)}
-ELBO = log p(x|z) - KL, in nats, higher is better: mean +- standard deviation over {summary["rows"][0]["num_seeds"]} \
-seeds, on {summary["num_test_examples"]} test examples.
-It bounds the log density of x, which is positive where sigma is small. The paper leaves out a constant: its ELBO is
-higher by (n/2) log 2 pi, n = {summary["num_dimensions"]}.
-sigma: final, mean over seeds (LV-VAE: and dimensions); unit: {summary["unit"]}. MSE: per dimension, that unit squared.
-"""
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    defaults = Config()
+    flags.DEFINE_list(
+        "sigma",
+        [str(sigma) for sigma in defaults.sigma],
+        "sigma of the F-VAEs in units of the data: one value or several, separated by commas",
+    )
+    flags.DEFINE_list(
+        "variants",
+        list(defaults.variants),
+        f"what to compare, separated by commas: {', '.join(f'{k} ({v})' for k, v in VARIANTS.items())}",
+    )
+    flags.DEFINE_string(
+        "dataset",
+        defaults.dataset,
+        "toy, mnist, celeb_a, or another TFDS image data set with train and test splits, by its TFDS name",
+    )
+    flags.DEFINE_integer(
+        "image_size",
+        None,
+        f"side to which celeb_a's images are scaled, from 8 to 148 (default: {CELEBA_DEFAULTS['image_size']})",
+    )
+    flags.DEFINE_bool("flip", defaults.flip, "mirror training images left to right at random")
+    flags.DEFINE_bool(
+        "dequantize",
+        defaults.dequantize,
+        "spread 8-bit pixels k over (k + u) / 256, u uniform on [0, 1), in training and evaluation: a density in nats "
+        "then bounds the image's log probability once n ln 256 is taken off",
+    )
+    flags.DEFINE_bool(
+        "discretise",
+        defaults.discretise,
+        "probabilities of the 256 values of a pixel in place of a density: the ELBO bounds the image's log probability",
+    )
+    flags.DEFINE_bool(
+        "fake_data", defaults.fake_data, "synthetic images of the data set's shape: no network, no files, no TensorFlow"
+    )
+    flags.DEFINE_integer(
+        "num_seeds", defaults.num_seeds, "training runs for each variant and sigma; figures show the first"
+    )
+    flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
+    flags.DEFINE_integer(
+        "num_steps", None, f"gradient steps (default: {defaults.num_steps}; for images {IMAGE_DEFAULTS['num_steps']})"
+    )
+    flags.DEFINE_integer("batch_size", defaults.batch_size, "examples in each step")
+    flags.DEFINE_integer(
+        "latent_size",
+        None,
+        f"dimensions of z (default: {defaults.latent_size}; for images {IMAGE_DEFAULTS['latent_size']}, for celeb_a "
+        f"{CELEBA_DEFAULTS['latent_size']})",
+    )
+    flags.DEFINE_list(
+        "widths",
+        None,
+        "units of the residual MLP's layers, one number, or channels of the convolutions, separated by commas "
+        f"(default: {defaults.widths[0]}; for images {','.join(map(str, IMAGE_DEFAULTS['widths']))}, for celeb_a "
+        f"{','.join(map(str, CELEBA_DEFAULTS['widths']))})",
+    )
+    flags.DEFINE_integer(
+        "num_blocks",
+        None,
+        f"residual blocks of the encoder, and of the decoder (default: {defaults.num_blocks}; for celeb_a "
+        f"{CELEBA_DEFAULTS['num_blocks']})",
+    )
+    flags.DEFINE_bool("bfloat16", defaults.bfloat16, "compute the networks, up to their last layers, in bfloat16")
+    flags.DEFINE_float(
+        "learning_rate", defaults.learning_rate, "the largest, which then decays to zero by a half cosine"
+    )
+    flags.DEFINE_float(
+        "clip_norm",
+        defaults.clip_norm,
+        "largest norm of a gradient, to which longer ones are scaled; a large number for no clipping",
+    )
+    flags.DEFINE_integer("warmup_steps", defaults.warmup_steps, "steps over which the learning rate rises from zero")
+    flags.DEFINE_float(
+        "ema_decay",
+        defaults.ema_decay,
+        "decay of the exponential moving average of the weights, which then is evaluated; 0 for none",
+    )
+    flags.DEFINE_float(
+        "gain",
+        defaults.gain,
+        "of the LV-VAE's log sigma on the decoder's output: how fast it learns against the mean",
+    )
+    flags.DEFINE_float(
+        "beta",
+        defaults.beta,
+        "weight of the KL in training (beta-VAE); results are always reported as ELBOs, with weight 1",
+    )
+    flags.DEFINE_string(
+        "sigma_from",
+        defaults.sigma_from,
+        f"run directory whose LS runs give {', '.join(FOLLOWING)} their sigma, instead of this run's own",
+    )
+    flags.DEFINE_integer(
+        "num_importance_samples",
+        defaults.num_importance_samples,
+        "draws of the importance-weighted bound, evaluated beside the ELBO; 0 for none",
+    )
+    flags.DEFINE_bool(
+        "evidence",
+        defaults.evidence,
+        "also log p(x) of the models on the toy, by quadrature over the latent plane: splits the gap to its density",
+    )
+    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
+    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
+    flags.DEFINE_string(
+        "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
+    )
 
 
-def draw(
-    path: Path, members: Sequence[dict[str, Any]], panels: Sequence[figures.Panel], dataset: datasets.Dataset
-) -> None:
-    """Writes the run's figures."""
-    metrics: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in runs.read_metrics(path):
-        metrics.setdefault((line["group"], line["member"]), []).append(line)
-
-    def curves(part: Sequence[dict[str, Any]]) -> figures.Curves:
-        lines = [metrics[member["group"], member["member"]] for member in part]
-        steps, *values = (
-            [[line[name] for line in of_member] for of_member in lines]
-            for name in ("step", *figures.Curves._fields[1:])
-        )
-        return figures.Curves(np.array(steps[0]), *map(np.array, values))
-
-    rows = by_row(members)
-    all_curves = {title: curves(part) for title, part in rows.items()}
-    elbos = {
-        variant: np.array([member["elbo"] for member in members if member["variant"] == variant])
-        for variant in VARIANTS
-    }
-    sigmas = {
-        variant: np.array([member["sigma"] for member in members if member["variant"] == variant])
-        for variant in VARIANTS
-    }
-    present = [variant for variant in VARIANTS if len(elbos[variant])]
-    learned = {
-        title: curve
-        for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
-        if part[0]["variant"] not in ("f", "f_star")
-    }
-    drawings = {
-        "samples": (figures.image_panels if len(dataset.shape) == 3 else figures.plane_panels)(panels),
-        "losses": figures.losses(all_curves),
-        "sigma": figures.sigma_and_elbo(learned or all_curves, unit=dataset.unit),
-        "elbo": figures.elbo_against_sigma(
-            {
-                VARIANTS[variant]: (sigmas[variant], elbos[variant])
-                for variant in present
-                if variant not in ("ls", "lv")
-            },
-            {VARIANTS[variant]: elbos[variant] for variant in present if variant in ("ls", "lv")},
-            unit=dataset.unit,
-        ),
-    }
-    for name, figure in drawings.items():
-        runs.replace(path / "figures" / f"{name}.png", functools.partial(figure.savefig, dpi=120))
-
-
-_DEFAULTS = Config()
-flags.DEFINE_list(
-    "sigma",
-    [str(sigma) for sigma in _DEFAULTS.sigma],
-    "sigma of the F-VAEs in units of the data: one value or several, separated by commas",
-)
-flags.DEFINE_list(
-    "variants",
-    list(_DEFAULTS.variants),
-    f"what to compare, separated by commas: {', '.join(f'{k} ({v})' for k, v in VARIANTS.items())}",
-)
-flags.DEFINE_string(
-    "dataset",
-    _DEFAULTS.dataset,
-    "toy, mnist, or another TFDS image data set with train and test splits, by its TFDS name",
-)
-flags.DEFINE_integer(
-    "num_seeds", _DEFAULTS.num_seeds, "training runs for each variant and sigma; figures show the first"
-)
-flags.DEFINE_integer("seed", _DEFAULTS.seed, "first of the consecutive seeds")
-flags.DEFINE_integer(
-    "num_steps", None, f"gradient steps (default: {_DEFAULTS.num_steps}; for images {IMAGE_DEFAULTS['num_steps']})"
-)
-flags.DEFINE_integer("batch_size", _DEFAULTS.batch_size, "examples in each step")
-flags.DEFINE_integer(
-    "latent_size",
-    None,
-    f"dimensions of z (default: {_DEFAULTS.latent_size}; for images {IMAGE_DEFAULTS['latent_size']})",
-)
-flags.DEFINE_float(
-    "beta",
-    _DEFAULTS.beta,
-    "weight of the KL in training (beta-VAE); results are always reported as ELBOs, with weight 1",
-)
-flags.DEFINE_string(
-    "sigma_from",
-    _DEFAULTS.sigma_from,
-    "run directory whose LS runs give f_star and replay their sigma, instead of this run's own",
-)
-flags.DEFINE_string("run_dir", None, "where everything is written (default: a name below runs/ made of the flags)")
-flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """The arguments left after the flags; a bad flag ends the program with one line."""
-    try:
-        rest = flags.FLAGS(list(argv))
-    except flags.Error as error:
-        sys.exit(f"sigma_sweep: {' '.join(str(error).split())} (--help lists all flags)")
-    if len(rest) > 1:
-        sys.exit(f"sigma_sweep: unexpected argument {rest[1]!r} (--help lists all flags)")
-    return rest
-
-
-def main(argv: Sequence[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX narrate
-    values = {name: getattr(flags.FLAGS, name) for name in Config._fields}
-    try:
-        try:
-            values["sigma"] = tuple(float(sigma) for sigma in values["sigma"])
-        except ValueError:
-            raise UsageError(f"--sigma={','.join(values['sigma'])}: every sigma must be a positive number") from None
-        config = configure(**values | {"variants": tuple(values["variants"])})
-        run(config, run_dir=flags.FLAGS.run_dir, data_dir=flags.FLAGS.data_dir, manual_dir=flags.FLAGS.manual_dir)
-    except (UsageError, datasets.DatasetError, runs.RunError) as error:
-        sys.exit(f"sigma_sweep: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sigma_sweep: interrupted; the same command goes on from the last checkpoint, a minute old at most")
+def main() -> None:
+    values = command.values(Config._fields)
+    values["sigma"] = command.numbers("sigma", values["sigma"])
+    values["widths"] = values["widths"] and command.numbers("widths", values["widths"], int)
+    config = configure(**values | {"variants": tuple(values["variants"])})
+    run(config, **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    define_flags()
+    command.start("sigma_sweep", main)

@@ -10,11 +10,15 @@
 Importing it needs jax, flax, optax and jaxtyping. Nothing here compiles, prints or reads flags.
 """
 
+from lvae_jax import theory
+from lvae_jax.datasets import dequantize, example_keys
 from lvae_jax.likelihoods import (
     HEADS,
+    QUANTISATION_NOISE,
     Likelihood,
     Schedule,
     constant,
+    discretised,
     fixed,
     geometric,
     learned_scalar,
@@ -29,7 +33,6 @@ from lvae_jax.vae import (
     Scores,
     Terms,
     elbo,
-    example_keys,
     generate,
     importance_bound,
     init,
@@ -40,6 +43,7 @@ from lvae_jax.vae import (
 
 __all__ = [
     "HEADS",
+    "QUANTISATION_NOISE",
     "VAE",
     "Likelihood",
     "Network",
@@ -50,6 +54,8 @@ __all__ = [
     "constant",
     "conv_decoder",
     "conv_encoder",
+    "dequantize",
+    "discretised",
     "elbo",
     "example_keys",
     "fixed",
@@ -67,5 +73,6 @@ __all__ = [
     "replay",
     "scores",
     "summary",
+    "theory",
     "train_step",
 ]

@@ -1,31 +1,26 @@
-"""Data sets as draws of examples: the toy's endless stream, and TFDS images.
+"""Data sets as draws of examples: the toy's endless stream, and images.
 
 A batch is a pure function of (seed, step) wherever and whenever it is asked for: `indices` names the examples on the
 host, `batch` makes them on the device. Examples are [B, *S] floats: points in the toy's own lengths, or pixels in [0,
-1] on the grid k/255. Images are kept as uint8.
+1], on the grid k/255 or dequantised. Images are kept as uint8.
 """
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import toy, vae
+from lvae_jax import images, toy
+from lvae_jax.images import DatasetError
 
-TOY_TEST_SIZE = 10_000
-TOY_TEST_SEED = 2**31 - 1  # apart from the seeds of training
-
-
-class DatasetError(Exception):
-    """A data set cannot be had; the message, one line, names the fix."""
+TEST_SIZE = 10_000  # of the streams
+TEST_SEED = 2**31 - 1  # apart from the seeds of training
+CELEBA_SIDES = range(8, images.CELEBA_CROP + 1)
 
 
 class Dataset(NamedTuple):
@@ -34,11 +29,12 @@ class Dataset(NamedTuple):
     Attributes:
       shape: *S, the shape of one example.
       unit: of the data and therefore of sigma, for people to read.
-      train: what `batch` draws from, to be placed on the device: an array of all images, or None for a stream.
+      train: what batches are gathered from: an array [N, *S] of all images in storage form, or None for a stream.
       test: [N, *S], the held-out examples, in storage form (uint8 images, float points).
       indices: (seed, step, batch_size) -> [B] int32, the examples of a training batch.
-      batch: (train, key, indices [B]) -> [B, *S], those examples. `key` is the step's; a stream draws example i from
-        (key, i).
+      batch: (train[indices] [B, *S] or None, key, indices [B]) -> [B, *S], those examples as the model sees them. `key`
+        is the step's; whatever is random about example i is drawn from (key, i).
+      test_batch: (test[indices] [B, *S], key, indices [B]) -> [B, *S], held-out examples as the model sees them.
     """
 
     shape: tuple[int, ...]
@@ -47,31 +43,136 @@ class Dataset(NamedTuple):
     test: np.ndarray
     indices: Callable[[int, int, int], Int[np.ndarray, " B"]]
     batch: Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
+    test_batch: Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
 
 
-def load(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Dataset:
-    """The data set called `name`: "toy", or a TFDS image data set, downloaded and prepared first if need be (see
-    `tfds_images`)."""
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    flip: bool = False,
+    dequantize: bool = False,
+    fake_data: bool = False,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    celeba_dir: str | None = None,
+) -> Dataset:
+    """The data set called `name`: "toy", or a TFDS image data set, downloaded and prepared first if need be.
+
+    Args:
+      image_size: side of CelebA's images, from 8 to 148; no other data set takes one.
+      flip, dequantize: of images, see `image_dataset`.
+      fake_data: synthetic images of the data set's shape instead, see `images.fake_images`; nothing is read.
+      data_dir, manual_dir: see `images.tfds_images`.
+      celeba_dir: a folder of CelebA's JPEGs, see `images.celeba_images`.
+
+    Raises:
+      DatasetError: as `check` says, or the data cannot be had.
+    """
+    check(
+        name,
+        image_size=image_size,
+        flip=flip,
+        dequantize=dequantize,
+        fake_data=fake_data,
+        data_dir=data_dir,
+        manual_dir=manual_dir,
+        celeba_dir=celeba_dir,
+    )
     if name == "toy":
         return toy_stream()
-    return image_dataset(*tfds_images(name, data_dir=data_dir, manual_dir=manual_dir))
+    if fake_data:
+        # No folder, so that it does not matter in which format one holds the real images.
+        shape = (image_size, image_size, 3) if image_size is not None else images.tfds_shape(name, data_dir=os.devnull)
+        train, test = images.fake_images(shape)
+    elif celeba_dir is not None:
+        assert image_size is not None, "checked"
+        train, test = images.celeba_images(celeba_dir, image_size=image_size, data_dir=data_dir)
+    else:
+        train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
+    return image_dataset(train, test, flip=flip, dequantized=dequantize)
+
+
+def check(
+    name: str,
+    *,
+    image_size: int | None = None,
+    flip: bool = False,
+    dequantize: bool = False,
+    fake_data: bool = False,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    celeba_dir: str | None = None,
+) -> None:
+    """Returns if `load` can be asked for this; neither loads nor writes anything.
+
+    Raises:
+      DatasetError: the data set is unknown, its images have no fixed shape, `data_dir` holds it in another format, or
+        the options do not go together.
+    """
+    celeba = name.partition(":")[0] == images.CELEBA
+    asked = {
+        "--image_size": image_size is not None,
+        "--celeba_dir": celeba_dir is not None,
+        "--flip": flip,
+        "--dequantize": dequantize,
+        "--fake_data": fake_data,
+        "--manual_dir": manual_dir is not None,
+    }
+    for flag in ("--image_size", "--celeba_dir"):
+        if asked[flag] and not celeba:
+            raise DatasetError(f"{flag} is for CelebA: leave it out, or give --dataset={images.CELEBA}")
+    for flag in ("--flip", "--dequantize", "--fake_data"):
+        if asked[flag] and name == "toy":
+            raise DatasetError(f"{flag} is for images: leave it out, or give an image data set as --dataset")
+    sources = [flag for flag in ("--fake_data", "--celeba_dir", "--manual_dir") if asked[flag]]
+    if len(sources) > 1:
+        raise DatasetError(f"{' and '.join(sources)}: images come from one source, leave one flag out")
+    if celeba and image_size not in CELEBA_SIDES:
+        raise DatasetError(
+            f"--image_size={image_size}: must be from {CELEBA_SIDES[0]} to {CELEBA_SIDES[-1]}, "
+            "CelebA's images are cropped to that"
+        )
+    if name != "toy" and celeba_dir is None:
+        images.tfds_shape(name, data_dir=os.devnull if fake_data else data_dir)
 
 
 def toy_stream() -> Dataset:
     """Fresh points of the toy at every step; the test split is a fixed draw of 10,000."""
+    return _stream(toy.SHAPE, "toy length", toy.sample)
+
+
+def sphere_stream(dim: int, *, radius: float = 1.0) -> Dataset:
+    """Fresh points, uniform on the sphere of `radius` in R^dim, at every step; the test split is a fixed draw of
+    10,000."""
+
+    def sample(keys: Key[Array, " B"]) -> Float[Array, "B n"]:
+        normal = jax.vmap(lambda key: jax.random.normal(key, (dim,)))(keys)
+        return radius * normal / jnp.linalg.norm(normal, axis=1, keepdims=True)
+
+    return _stream((dim,), "the sphere's length", sample)
+
+
+def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"]], Float[Array, "B *S"]]) -> Dataset:
     return Dataset(
-        shape=toy.SHAPE,
-        unit="toy length",
+        shape=shape,
+        unit=unit,
         train=None,
-        test=np.asarray(toy.sample(vae.example_keys(jax.random.key(TOY_TEST_SEED), jnp.arange(TOY_TEST_SIZE)))),
+        test=np.asarray(sample(example_keys(jax.random.key(TEST_SEED), jnp.arange(TEST_SIZE)))),
         indices=lambda seed, step, batch_size: np.arange(batch_size, dtype=np.int32),
-        batch=lambda train, key, indices: toy.sample(vae.example_keys(key, indices)),
+        batch=lambda examples, key, indices: sample(example_keys(key, indices)),
+        test_batch=lambda examples, key, indices: examples,
     )
 
 
-def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
+def image_dataset(train: np.ndarray, test: np.ndarray, *, flip: bool = False, dequantized: bool = False) -> Dataset:
     """uint8 images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from
-    (seed, epoch)."""
+    (seed, epoch).
+
+    Args:
+      flip: mirror each training image left to right with probability 1/2, drawn anew at every step.
+      dequantized: `dequantize` the images of both splits, those of training anew at every step.
+    """
 
     @functools.lru_cache(maxsize=4)
     def order(seed: int, epoch: int) -> np.ndarray:
@@ -86,14 +187,32 @@ def image_dataset(train: np.ndarray, test: np.ndarray) -> Dataset:
         ]
         return np.concatenate(parts)
 
+    def test_batch(
+        examples: Array | np.ndarray, key: Key[Array, ""], indices: Int[Array, " B"]
+    ) -> Float[Array, "B *S"]:
+        return dequantize(example_keys(key, indices), examples) if dequantized else to_float(examples)
+
+    def batch(examples: Array | np.ndarray, key: Key[Array, ""], indices: Int[Array, " B"]) -> Float[Array, "B *S"]:
+        flip_key, noise_key = jax.random.split(key)
+        if flip:
+            mirrored = jax.vmap(jax.random.bernoulli)(example_keys(flip_key, indices))
+            examples = jnp.where(mirrored[:, None, None, None], examples[:, :, ::-1], examples)
+        return test_batch(examples, noise_key, indices)
+
     return Dataset(
         shape=train.shape[1:],
         unit="pixel on [0, 1]",
         train=train,
         test=test,
         indices=indices,
-        batch=lambda images, key, indices: to_float(images[indices]),
+        batch=batch,
+        test_batch=test_batch,
     )
+
+
+def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """One key for each example, a function of `key` and of the example's global index alone."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
 def to_float(x: Array | np.ndarray) -> Float[Array, "B *S"]:
@@ -102,114 +221,16 @@ def to_float(x: Array | np.ndarray) -> Float[Array, "B *S"]:
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
 
 
-def tfds_images(
-    name: str, *, data_dir: str | None = None, manual_dir: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The train and test images of a TFDS data set with a fixed-shape `image` feature, uint8 [N, H, W, C].
+def dequantize(keys: Key[Array, " B"], x: UInt8[Array, "B *S"] | UInt8[np.ndarray, "B *S"]) -> Float[Array, "B *S"]:
+    """8-bit images k spread over the cells that their values stand for: (k + u) / 256 on [0, 1), u uniform on [0, 1).
 
-    They are decoded once and cached as .npy files in `data_dir` (default ~/tensorflow_datasets); later runs map the
-    files into memory. A data set that TFDS has not prepared yet is downloaded, or taken from the archives in
-    `manual_dir`, and prepared, which needs TensorFlow.
+    A density p of the result, in nats on these units, gives the image k of n dimensions the probability of its cell, a
+    cube of volume 256^-n: P(k) = 256^-n E_u[p((k + u) / 256)], a distribution over images, and by Jensen's inequality
 
-    Raises:
-      DatasetError: unknown name, no fixed-shape image, no train or test split, TensorFlow missing, or neither network
-        nor archives.
+      log P(k) >= E_u[log p((k + u) / 256)] - n ln 256    nats
+
+    (Theis et al., A note on the evaluation of generative models, ICLR 2016). An ELBO in place of log p keeps the bound.
+    u has 16 bits: k + u is then exact in float32, where one with more could round up to the next value.
     """
-    builder = _builder(name, data_dir)
-    folder = Path(builder.data_path)
-    caches = [folder.parent / f"{folder.name}-{split}-images.npy" for split in ("train", "test")]
-    if not all(cache.exists() for cache in caches):
-        _prepare(builder, manual_dir)
-        missing = {"train", "test"} - set(builder.info.splits)
-        if missing:
-            raise DatasetError(
-                f"data set {name!r} has no {' and no '.join(sorted(missing))} split: give one that has both"
-            )
-        for split, cache in zip(("train", "test"), caches, strict=True):
-            _cache_images(builder, split, cache)
-    try:
-        train, test = (np.load(cache, mmap_mode="r") for cache in caches)
-    except (ValueError, EOFError, OSError):
-        raise DatasetError(
-            f"the cached images in {folder.parent} are damaged: delete {caches[0].name} and {caches[1].name}"
-        ) from None
-    return train, test
-
-
-def check_name(name: str, *, data_dir: str | None = None) -> None:
-    """Returns if `load` knows `name`; neither loads nor writes anything.
-
-    Raises:
-      DatasetError: it does not, or the data set's images have no fixed shape, or `data_dir` holds it in another format.
-    """
-    if name != "toy":
-        _builder(name, data_dir)
-
-
-def _builder(name: str, data_dir: str | None) -> Any:
-    import tensorflow_datasets as tfds  # half a second that the toy need not wait for
-
-    data_dir = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except Exception as error:  # not found, not installed, not a name, prepared in another format
-        if "File format is already set" in str(error):
-            raise DatasetError(
-                f"{data_dir} holds {name!r} in another file format than array_record: give another --data_dir"
-            ) from None
-        raise DatasetError(
-            f"unknown data set {name!r}: give toy, mnist or the name of another TFDS image data set"
-        ) from None
-    features = builder.info.features
-    image: Any = features["image"] if features is not None and "image" in features else None
-    shape: tuple[int | None, ...] = () if image is None else image.shape
-    if len(shape) != 3 or None in shape or shape[-1] not in (1, 3) or image.np_dtype != np.uint8:
-        raise DatasetError(
-            f"data set {name!r} has no 8-bit `image` of a fixed shape [height, width, 1 or 3]: give one that has"
-        )
-    return builder
-
-
-def _prepare(builder: Any, manual_dir: str | None) -> None:
-    import requests
-    import tensorflow_datasets as tfds
-
-    if builder.is_prepared():
-        return
-    if importlib.util.find_spec("tensorflow") is None:
-        raise DatasetError(
-            f"preparing {builder.name!r} needs TensorFlow once, to unpack its archives: pip install 'lvae_jax[prepare]'"
-        )
-    files = {url: info.filename for url, info in builder.url_infos.items()}
-    absent = {url: name for url, name in files.items() if manual_dir is None or not Path(manual_dir, name).exists()}
-    # TFDS would go on trying for minutes.
-    for url in list(absent)[:1]:
-        try:
-            requests.head(url, timeout=10)
-        except requests.RequestException:
-            raise DatasetError(
-                f"{builder.name!r} is not prepared and cannot be downloaded: connect to the network, or put "
-                f"{', '.join(absent.values())} into the folder that --manual_dir names"
-            ) from None
-    try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir and os.path.abspath(manual_dir))
-        )
-    except Exception as error:  # any of dozens of TFDS's, requests' and the operating system's
-        raise DatasetError(f"TFDS could not prepare {builder.name!r}: {' '.join(repr(error).split())}") from error
-
-
-def _cache_images(builder: Any, split: str, cache: Path) -> None:
-    source = builder.as_data_source(split=split)
-    # Written under another name first: a file called `cache` is always whole.
-    temporary = cache.with_name(f".{os.getpid()}-{cache.name}")
-    try:
-        shape = (len(source), *builder.info.features["image"].shape)
-        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        for start in tqdm.trange(0, len(source), 1000, desc=f"decoding {builder.name} {split}", unit="k"):
-            stop = min(start + 1000, len(source))
-            images[start:stop] = [example["image"] for example in source.__getitems__(range(start, stop))]
-        images.flush()
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
+    u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / 256.0

@@ -22,12 +22,13 @@ class Panel(NamedTuple):
 
 class Curves(NamedTuple):
     """Metrics over steps of the members of one row; steps is [T], all others [M, T]. elbo, log_likelihood and kl in
-    nats."""
+    nats, mse per dimension."""
 
     steps: np.ndarray
     elbo: np.ndarray
     log_likelihood: np.ndarray
     kl: np.ndarray
+    mse: np.ndarray
     sigma_min: np.ndarray
     sigma_mean: np.ndarray
     sigma_max: np.ndarray
@@ -79,6 +80,52 @@ def image_panels(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
+def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None]], *, unit: str) -> Figure:
+    """Examples of one model, side by side.
+
+    Args:
+      panels: title -> (examples [B, *S], their stddevs [B, *S] or None). Images [B, H, W, C] on [0, 1] lie in rows of
+        eight, above their sigma maps; points in the plane [B, 2] are coloured by sigma. Of the stddevs of an image's
+        channels, and of a point's coordinates, the mean is shown, on one scale for all panels.
+    """
+    images = next(iter(panels.values()))[0].ndim == 4
+    rows = 1 + images
+    figure = Figure(figsize=(3.4 * len(panels) + 0.8, 3.5 * rows), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(rows, len(panels), sharex=not images, sharey=not images, squeeze=False)
+    sigmas = {name: stddevs.mean(axis=-1) for name, (_, stddevs) in panels.items() if stddevs is not None}
+    limits = {
+        "cmap": "magma" if images else "copper",
+        "vmin": 0.0,
+        "vmax": max(float(sigma.max()) for sigma in sigmas.values()),
+    }
+    for column, (name, (examples, _)) in zip(axes.T, panels.items(), strict=True):
+        column[0].set_title(name)
+        if images:
+            column[0].imshow(np.clip(_grid(examples, empty=1.0), 0.0, 1.0).squeeze(), cmap="gray", vmin=0.0, vmax=1.0)
+            for axis in column:
+                axis.set_axis_off()
+                axis.set_anchor("N")
+            if name in sigmas:
+                shown = column[1].imshow(_grid(sigmas[name][..., None], empty=np.nan).squeeze(axis=-1), **limits)
+        elif name in sigmas:
+            shown = column[0].scatter(*examples.T, c=sigmas[name], s=8, linewidths=0, **limits)
+        else:
+            column[0].scatter(*examples.T, color=_DATA, s=8, linewidths=0)
+    figure.colorbar(shown, ax=list(axes[-1]), label=f"sigma [{unit}]")
+    return figure
+
+
+def _grid(images: np.ndarray, *, empty: float) -> np.ndarray:
+    """Images [B, H, W, C] in rows of eight, as one image [H ceil(B / 8), 8 W, C], `empty` where there is none."""
+    size, height, width, channels = images.shape
+    rows = -(-size // 8)
+    places = np.full((8 * rows, height, width, channels), empty, images.dtype)
+    places[:size] = images
+    tiles = places.reshape(rows, 8, height, width, channels).swapaxes(1, 2)
+    return tiles.reshape(rows * height, 8 * width, channels)
+
+
 def losses(curves: Mapping[str, Curves]) -> Figure:
     """The losses over steps, as Figs. 8 and 9: -log p(x|z), the KL and their sum, a panel for each row, all members, on
     one scale."""
@@ -108,18 +155,21 @@ def losses(curves: Mapping[str, Curves]) -> Figure:
 
 def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
     """Sigma over steps above the ELBO over steps, as Fig. 10; a band spans the smallest to the largest sigma where it
-    is a vector."""
+    is a vector. Dotted: the root mean squared error, which is the best scalar sigma for the reconstructions then."""
     figure = Figure(figsize=(7.5, 6.0), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, (title, curve) in enumerate(curves.items()):
         colour = f"C{index}"
         top.plot(curve.steps, curve.sigma_mean.T, color=colour, linewidth=0.9)
+        top.plot(curve.steps, np.sqrt(curve.mse.T), color=colour, linewidth=0.9, linestyle=":")
         top.fill_between(
             curve.steps, curve.sigma_min.min(axis=0), curve.sigma_max.max(axis=0), color=colour, alpha=0.15, linewidth=0
         )
         bottom.plot(curve.steps, curve.elbo.T, color=colour, linewidth=0.9)
         bottom.plot([], [], color=colour, label=title)
     top.set(ylabel=f"sigma [{unit}]", yscale="log")
+    top.plot([], [], color="grey", linestyle=":", label="root mean squared error")
+    top.legend(frameon=False, fontsize=8)
     bottom.set(ylabel="ELBO [nats]", xlabel="step")
     # The first steps of a small sigma lie orders of magnitude below everything that there is to see.
     settled = np.concatenate([curve.elbo[:, len(curve.steps) // 10 :].ravel() for curve in curves.values()])
@@ -131,27 +181,139 @@ def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
 
 
 def elbo_against_sigma(
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]], lines: Mapping[str, np.ndarray], *, unit: str
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    lines: Mapping[str, np.ndarray],
+    *,
+    reused: tuple[np.ndarray, Mapping[str, np.ndarray]],
+    limits: np.ndarray,
+    bound: float | None,
+    unit: str,
 ) -> Figure:
-    """The final ELBO of each member against its sigma, and as lines with their spread those without one sigma.
+    """The final ELBO of each member against its sigma, and as lines with their spread those that learn theirs.
 
     Args:
-      points: title -> (sigmas [M], ELBOs [M]); joined by a line through the mean at each sigma.
+      points: title -> (sigmas [M], ELBOs [M]).
       lines: title -> ELBOs [M]; drawn across, with a band of one standard deviation over members.
+      reused: sigmas [T], and title -> ELBOs [M, T] of the same models, unchanged, at these.
+      limits: [2, P], sigmas and the best ELBO that any networks reach at them; may be empty.
+      bound: what no model exceeds, if that is known.
     """
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     axis = figure.subplots()
-    for index, (title, elbos) in enumerate(lines.items()):
-        axis.axhline(elbos.mean(), color=f"C{index + 1}", label=title)
+    colours = {title: f"C{index}" for index, title in enumerate(dict.fromkeys([*points, *lines]))}
+    for title, elbos in lines.items():
+        axis.axhline(elbos.mean(), color=colours[title], linewidth=1.0, label=None if title in points else title)
         if len(elbos) > 1:
             spread = elbos.std(ddof=1)
-            axis.axhspan(elbos.mean() - spread, elbos.mean() + spread, color=f"C{index + 1}", alpha=0.15, linewidth=0)
-    for index, (title, (sigmas, elbos)) in enumerate(points.items()):
-        colour = "C0" if index == 0 else f"C{index + len(lines)}"
-        axis.plot(sigmas, elbos, "o" if index == 0 else "s", color=colour, markersize=5, alpha=0.6, label=title)
-        distinct = np.unique(sigmas)
-        if index == 0 and len(distinct) > 1:
-            axis.plot(distinct, [elbos[sigmas == sigma].mean() for sigma in distinct], color=colour, linewidth=1.0)
+            axis.axhspan(elbos.mean() - spread, elbos.mean() + spread, color=colours[title], alpha=0.15, linewidth=0)
+    for title, elbos in reused[1].items():
+        axis.plot(reused[0], elbos.T, color=colours[title], linewidth=0.6, alpha=0.5)
+    for title, (sigmas, elbos) in points.items():
+        axis.plot(sigmas, elbos, "o", color=colours[title], markersize=5, alpha=0.7, label=title)
+    axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
+    if limits.size:
+        axis.plot(*limits, "_-", color="black", linewidth=1.0, markersize=9, label="best that any networks reach")
+    if bound is not None:
+        axis.axhline(bound, color="black", linestyle="--", linewidth=1.0, label="-H(x)")
+    drawn = np.concatenate([*(elbos for _, elbos in points.values()), *lines.values()])
+    high = max(drawn.max(), -np.inf if bound is None else bound)
+    span = max(high - drawn.min(), 1e-3)
     axis.set(xscale="log", xlabel=f"sigma [{unit}]", ylabel="ELBO [nats]")
-    axis.legend(frameon=False)
+    axis.set_ylim(drawn.min() - 0.15 * span, high + 0.08 * span)
+    sigmas = np.concatenate([sigmas for sigmas, _ in points.values()]) if points else reused[0]
+    axis.set_xlim(sigmas.min() / 2.0, sigmas.max() * 2.0)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def directions(
+    stddevs: np.ndarray, sigmas: np.ndarray, linear_elbos: np.ndarray, *, trained: np.ndarray, unit: str
+) -> Figure:
+    """How many principal directions of the data a decoder can use at each fixed sigma, above the best ELBO of a linear
+    VAE.
+
+    Args:
+      stddevs: [R], along the principal directions.
+      sigmas, linear_elbos: [T].
+      trained: [3, P], sigmas, active directions and ELBOs of trained F-VAEs; may be empty.
+    """
+    figure = Figure(figsize=(7.0, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(sigmas, np.sum(stddevs[None] > sigmas[:, None], axis=1), color="black", label="stddev above sigma")
+    bottom.plot(sigmas, linear_elbos, color="black", label="the best linear VAE")
+    if trained.size:
+        top.plot(trained[0], trained[1], "o", color=_MEANS, label="active directions of trained F-VAEs")
+        bottom.plot(trained[0], trained[2], "o", color=_MEANS, label="trained F-VAEs")
+        low, high = min(trained[2].min(), linear_elbos.min()), trained[2].max()
+        bottom.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    for axis in (top, bottom):
+        axis.axvline(stddevs[0], color="grey", linestyle="--", linewidth=1.0, label=f"critical: {stddevs[0]:.4g}")
+        axis.legend(frameon=False, fontsize=8)
+    top.set(ylabel="principal directions", xscale="log", yscale="symlog", ylim=(-0.2, 1.3 * len(stddevs)))
+    bottom.set(ylabel="ELBO [nats]", xlabel=f"sigma [{unit}]")
+    return figure
+
+
+class Sphere(NamedTuple):
+    """Theorem 1 beside trained models on the sphere in R^`dim`; radii in units of the sphere's, sigmas in units of the
+    critical one, the ELBO in nats.
+
+    Attributes:
+      sigma, radius, elbo: [T], the exact curves.
+      map_rho [P], map_sigma [Q], objective [Q, P]: f over both, for the heat map.
+      trained: name -> (sigmas [M], radii [M], ELBOs [M]).
+    """
+
+    dim: int
+    sigma: np.ndarray
+    radius: np.ndarray
+    elbo: np.ndarray
+    map_rho: np.ndarray
+    map_sigma: np.ndarray
+    objective: np.ndarray
+    trained: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def objective_map(spheres: Sequence[Sphere]) -> Figure:
+    """Eq. 8 over radius and sigma, as Fig. 2, a panel for each dimension: the ridge leaves rho = 0 at the critical
+    sigma. Each row is shown relative to its own maximum, so that the ridge is seen at every sigma."""
+    figure = Figure(figsize=(3.6 * len(spheres) + 0.9, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(spheres), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, sphere in zip(axes, spheres, strict=True):
+        below = sphere.objective - sphere.objective.max(axis=1, keepdims=True)
+        shown = axis.pcolormesh(
+            sphere.map_rho, sphere.map_sigma, below, vmin=-2.0, vmax=0.0, cmap="viridis", rasterized=True
+        )
+        axis.plot(sphere.radius, sphere.sigma, color="white", linewidth=1.5, label="the best radius")
+        axis.axhline(1.0, color="white", linewidth=1.0, linestyle="--", label="critical sigma")
+        axis.set(
+            title=f"n = {sphere.dim}",
+            xlabel="radius of the decoder's outputs / R",
+            xlim=(sphere.map_rho[0], sphere.map_rho[-1]),
+            ylim=(sphere.map_sigma[0], sphere.map_sigma[-1]),
+        )
+    axes[0].set_ylabel("sigma / (R / sqrt n)")
+    axes[0].legend(loc="lower left", fontsize=8, labelcolor="white", facecolor="black", framealpha=0.4)
+    figure.colorbar(shown, ax=list(axes), extend="min", label="f less its maximum at this sigma [nats]")
+    return figure
+
+
+def radius_and_elbo(spheres: Sequence[Sphere]) -> Figure:
+    """The radius of the decoder's outputs above the ELBO, over sigma: trained models as dots on the exact curves."""
+    figure = Figure(figsize=(3.3 * len(spheres) + 0.6, 5.6), layout="constrained")
+    axes = figure.subplots(2, len(spheres), sharex=True, sharey="row", squeeze=False)
+    for (top, bottom), sphere in zip(axes.T, spheres, strict=True):
+        top.plot(sphere.sigma, sphere.radius, color="black", linewidth=1.0, label="Theorem 1")
+        bottom.plot(sphere.sigma, sphere.elbo, color="black", linewidth=1.0)
+        for index, (name, (sigmas, radii, elbos)) in enumerate(sphere.trained.items()):
+            dots = {"marker": "os^"[index % 3], "color": f"C{index}", "s": 18, "alpha": 0.7, "linewidths": 0}
+            top.scatter(sigmas, radii, label=name, **dots)
+            bottom.scatter(sigmas, elbos, **dots)
+        for axis in (top, bottom):
+            axis.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
+        top.set_title(f"n = {sphere.dim}")
+        bottom.set_xlabel("sigma / (R / sqrt n)")
+    axes[0, 0].set_ylabel("radius of the decoder's outputs / R")
+    axes[1, 0].set_ylabel("ELBO [nats]")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return figure

@@ -1,4 +1,5 @@
-"""Observation models p(x|z): isotropic or diagonal Gaussians that differ only in where log sigma comes from.
+"""Observation models p(x|z): isotropic or diagonal Gaussians that differ only in where log sigma comes from, as
+densities or, for 8-bit images, as probabilities.
 
 Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels for each data dimension of x [B, *S].
   Channel 0 is the mean; channel 1, where there is one, the log stddev. Units: sigma has the unit of x; densities are in
@@ -11,16 +12,19 @@ Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels 
 | `learned_scalar()` | LS-VAE, Eq. 10 | one free parameter |
 | `learned_vector()` | LV-VAE, Eq. 11 | a second decoder output for each data dimension |
 | `optimal()` | sigma-VAE (Rybkin et al., ICML 2021) | closed form: sigma^2 = mean squared error |
+| `discretised(head)` | | as the head's |
 
 The log stddev of `fixed`, `learned_scalar` and `optimal` lives in the head's parameters, so that one compiled program
 serves every sigma.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lvae_jax import gaussians
@@ -29,9 +33,14 @@ Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
 
 # Learned and closed-form log sigmas, initial values included, are softly clipped to this interval; they are untouched
-# from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Scale data of another magnitude first. The floor, sigma = 9e-4, lies below
-# the quantisation noise of 8-bit pixels on [0, 1], 1 / (255 sqrt 12) = 1.1e-3.
+# from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Scale data of another magnitude first. A head's `floor` replaces the lower
+# limit, sigma = 9e-4, which lies below the quantisation noise of 8-bit pixels.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
+FLOOR = math.exp(LOG_STDDEV_RANGE[0])
+
+# Of 8-bit pixels k/255 on [0, 1]: the stddev, 1.1e-3, of what rounding took away, uniform over one bin. A sigma below
+# it claims to know more than the data hold; as the `floor` of a density on images it keeps that claim out of the ELBO.
+QUANTISATION_NOISE = 1.0 / (255.0 * math.sqrt(12.0))
 
 
 class Likelihood(NamedTuple):
@@ -39,17 +48,20 @@ class Likelihood(NamedTuple):
 
     Attributes:
       outputs: decoder channels for each data dimension, K.
+      floor: the limit below which no learned or closed-form sigma goes; 0 where sigma is given.
       init: () -> params, a (possibly empty) dict of arrays.
       update: (params, step, mse) -> params in force at `step`, given the mean squared error per dimension of the batch
         before it. What gradients do not set is set here: a schedule, or a closed form. The identity for all other
         heads.
       mean: (params, outputs [B, *S, K]) -> [B, *S].
       stddev: (params, outputs [B, *S, K]) -> [B, *S].
-      log_prob: (params, outputs [B, *S, K], x [B, *S]) -> [B], log p(x|z) in nats, the full density.
+      log_prob: (params, outputs [B, *S, K], x [B, *S]) -> [B], log p(x|z) in nats, the full density; of a discretised
+        head, the probability.
       sample: (key, params, outputs [B, *S, K]) -> [B, *S], a draw from p(x|z).
     """
 
     outputs: int
+    floor: float
     init: Callable[[], Params]
     update: Callable[[Params, Int[Array, ""], Float[Array, ""]], Params]
     mean: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "B *S"]]
@@ -62,7 +74,7 @@ def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
     """F-VAE: N(mean, sigma^2 I), sigma a positive constant or a schedule, a pure function of the (traced) step.
 
     Raises:
-      ValueError: sigma is a number that is not positive.
+      ValueError: sigma is a number, or a concrete array, that is not positive.
     """
     if callable(sigma):
 
@@ -72,27 +84,31 @@ def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
         def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
             return _log(sigma(step))
     else:
-        init, update = _initial(sigma), _unchanged
-    return _gaussian(1, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
+        _check_sigma(sigma)
+        init, update = lambda: _log(sigma), _unchanged
+    return _gaussian(1, 0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
 
 
-def learned_scalar(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
+def learned_scalar(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
     """LS-VAE (Eq. 10): N(mean, sigma^2 I), log sigma one free parameter that starts at log `sigma`.
 
     Its stationary point is sigma^2 = mean squared error per dimension.
 
+    >>> head = learned_scalar(0.1)
+    >>> outputs, x = jnp.zeros((1, 2, head.outputs)), jnp.array([[0.0, 0.1]])
+    >>> log_prob = head.log_prob(head.init(), outputs, x)
+    >>> round(float(log_prob[0]), 3)  # positive, as that of a sharp density may be
+    2.267
+
     Raises:
-      ValueError: sigma is a number that is not positive.
+      ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.
     """
-    return _gaussian(
-        1,
-        _initial(sigma),
-        _unchanged,
-        lambda params, outputs: gaussians.soft_clip(params["log_stddev"], *LOG_STDDEV_RANGE),
-    )
+    _check_sigma(sigma)
+    clip = _soft_clip(floor)
+    return _gaussian(1, floor, lambda: _log(sigma), _unchanged, lambda params, outputs: clip(params["log_stddev"]))
 
 
-def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = 1.0) -> Likelihood:
+def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = 1.0, floor: float = FLOOR) -> Likelihood:
     """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + `gain` * the decoder's second channel.
 
     `gain` sets how fast log sigma learns against the mean. Where few dimensions carry all the data, an eager log sigma
@@ -100,17 +116,14 @@ def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = 1.0) 
     them vanishes, and some runs never leave. A gain well below 1 prevents that, at the price of a slower sigma.
 
     Raises:
-      ValueError: sigma is a number that is not positive.
+      ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.
     """
-    log_sigma = _initial(sigma)()["log_stddev"]
-
-    def log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
-        return gaussians.soft_clip(log_sigma + gain * outputs[..., 1], *LOG_STDDEV_RANGE)
-
-    return _gaussian(2, dict, _unchanged, log_stddev)
+    _check_sigma(sigma)
+    clip, log_sigma = _soft_clip(floor), _log(sigma)["log_stddev"]
+    return _gaussian(2, floor, dict, _unchanged, lambda params, outputs: clip(log_sigma + gain * outputs[..., 1]))
 
 
-def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
+def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
     """sigma-VAE: N(mean, sigma^2 I), sigma^2 = the mean squared error per dimension of the batch before; `sigma` serves
     the first step.
 
@@ -118,13 +131,54 @@ def optimal(sigma: float | Float[Array, ""] = 1.0) -> Likelihood:
     p(x|z) a density of one example: no example sets the sigma by which it is judged.
 
     Raises:
-      ValueError: sigma is a number that is not positive.
+      ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.
     """
+    _check_sigma(sigma)
+    clip = _soft_clip(floor)
+
+    def init() -> Params:
+        return jax.tree.map(clip, _log(sigma))
 
     def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
-        return {"log_stddev": gaussians.soft_clip(0.5 * jnp.log(mse), *LOG_STDDEV_RANGE)}
+        return {"log_stddev": clip(0.5 * jnp.log(mse))}
 
-    return _gaussian(1, _initial(sigma), update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
+    return _gaussian(1, floor, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
+
+
+def discretised(likelihood: Likelihood) -> Likelihood:
+    """The Gaussian `likelihood` as a distribution over 8-bit pixels: P(k/255) is its mass on the bin of width 1/255
+    around k/255, the first and last bins open to -inf and inf, so that the 256 probabilities sum to one.
+
+    >>> head = discretised(fixed(0.1))
+    >>> outputs, x = jnp.full((256, 1, 1), 0.2), jnp.linspace(0.0, 1.0, 256)[:, None]
+    >>> round(float(jnp.exp(head.log_prob(head.init(), outputs, x)).sum()), 5)
+    1.0
+
+    Its log_prob is that of values x = k/255 (other x count as the nearest) and never above 0: the length of a code for
+    the image, where a density has no such limit. The draws of `sample` are on the grid, and have no gradients. mean is
+    the Gaussian's, clipped to [0, 1]: for black and white pixels it may lie anywhere beyond. stddev remains that of the
+    Gaussian before rounding; `optimal` stays the optimum of the density, which for sigma
+    well above a bin is that of the probabilities as well.
+    """
+
+    def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return jnp.clip(likelihood.mean(params, outputs), 0.0, 1.0)
+
+    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+        # In units of the bins' width, in which the bins tile the line without gaps in float32 too.
+        k = jnp.clip(jnp.round(255.0 * x), 0.0, 255.0)
+        centre = 255.0 * likelihood.mean(params, outputs)
+        log_stddev = jnp.log(255.0 * likelihood.stddev(params, outputs))
+        first, last = k == 0.0, k == 255.0
+        # P(X > 254.5) = P(-X < -254.5): one cdf serves both ends.
+        end = gaussians.log_cdf(jnp.where(last, -254.5, 0.5), jnp.where(last, -centre, centre), log_stddev)
+        mass = jnp.where(first | last, end, gaussians.log_bin_mass(k, centre, log_stddev))
+        return jnp.sum(mass, axis=tuple(range(1, x.ndim)))
+
+    def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return jnp.clip(jnp.round(255.0 * likelihood.sample(key, params, outputs)), 0.0, 255.0) / 255.0
+
+    return likelihood._replace(mean=mean, log_prob=log_prob, sample=sample)
 
 
 HEADS: dict[str, Callable[..., Likelihood]] = {
@@ -133,28 +187,51 @@ HEADS: dict[str, Callable[..., Likelihood]] = {
     "lv": learned_vector,
     "optimal": optimal,
 }
-"""Every head by its short name; each takes its (initial) sigma. The command line and the property tests read this
-table."""
+"""Every head by its short name; each takes its (initial) sigma, and can be `discretised`. The command line and the
+property tests read this table."""
 
 
 def constant(sigma: float) -> Schedule:
-    """The schedule that stays at `sigma`."""
+    """The schedule that stays at `sigma`.
+
+    Raises:
+      ValueError: sigma is not positive.
+    """
+    _check_sigma(sigma)
     return lambda step: jnp.float32(sigma)
 
 
 def geometric(init: float, end: float, num_steps: int) -> Schedule:
     """A schedule that decays sigma from `init` at step 0 to `end` at `num_steps` by a constant factor, and stays
-    there."""
+    there.
+
+    >>> sigma = geometric(1.0, 0.01, 100)
+    >>> [round(float(sigma(jnp.int32(step))), 4) for step in (0, 50, 100, 500)]
+    [1.0, 0.1, 0.01, 0.01]
+
+    Raises:
+      ValueError: `init`, `end` or `num_steps` is not positive.
+    """
+    _check_sigma(init)
+    _check_sigma(end)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     return lambda step: init * (end / init) ** jnp.minimum(step / num_steps, 1.0)
 
 
 def replay(sigmas: Float[Array, " T"]) -> Schedule:
-    """The schedule recorded in `sigmas`, one for each step; the last one stays."""
+    """The schedule recorded in `sigmas`, one for each step; the last one stays.
+
+    Raises:
+      ValueError: `sigmas` is a concrete array, and one of them is not positive.
+    """
+    _check_sigma(sigmas)
     return lambda step: jnp.take(sigmas, step, mode="clip")
 
 
 def _gaussian(
     outputs: int,
+    floor: float,
     init: Callable[[], Params],
     update: Callable[[Params, Int[Array, ""], Float[Array, ""]], Params],
     log_stddev: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "..."]],
@@ -175,13 +252,25 @@ def _gaussian(
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return gaussians.sample(key, outputs[..., 0], log_stddev(params, outputs))
 
-    return Likelihood(outputs, init, update, mean, stddev, log_prob, sample)
+    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample)
 
 
-def _initial(sigma: float | Float[Array, ""]) -> Callable[[], Params]:
-    if isinstance(sigma, int | float) and not 0.0 < sigma < float("inf"):
-        raise ValueError(f"sigma must be a positive number, got {sigma}")
-    return lambda: _log(sigma)
+def _check_sigma(sigma: float | Float[Array, "..."]) -> None:
+    if isinstance(sigma, jax.core.Tracer):
+        return
+    values = np.asarray(sigma).ravel()
+    with np.errstate(over="ignore", under="ignore"):
+        in_float32 = values.astype(np.float32)
+    wrong = values[~((in_float32 > 0.0) & (in_float32 < np.inf))]
+    if len(wrong):
+        raise ValueError(f"sigma must be a positive number, got {wrong[0]}")
+
+
+def _soft_clip(floor: float) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+    high = LOG_STDDEV_RANGE[1]
+    if not 0.0 < floor < math.exp(high - 1.0):  # a softness of 1/2 at either end
+        raise ValueError(f"floor must be a positive sigma below {math.exp(high - 1.0):.3g}, got {floor}")
+    return lambda log_stddev: gaussians.soft_clip(log_stddev, math.log(floor), high)
 
 
 def _log(sigma: float | Float[Array, ""]) -> Params:

@@ -1,11 +1,12 @@
-"""Encoders and decoders as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
+"""Encoders, decoders and a classifier as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
 
 An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's
 `apply(params, z [B, L])` gives the outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of
 these shapes may stand in for them.
 
 The last layer starts small: the posterior starts near the prior, the decoder's mean near zero and a learned log sigma
-near its initial value.
+near its initial value. `dtype` is that of the arithmetic up to the last layer, such as bfloat16; parameters, the last
+layer and all outputs are float32.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from lvae_jax import gaussians
@@ -26,64 +28,101 @@ _small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 class Network(NamedTuple):
     """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and
-    decoders."""
+    decoders, and `classifier` for itself."""
 
     init: Callable[[Key[Array, ""]], Any]
     apply: Callable[[Any, Float[Array, "..."]], Any]
 
 
-def mlp_encoder(shape: Sequence[int], latent_size: int, *, width: int = 200, num_blocks: int = 4) -> Network:
+def mlp_encoder(
+    shape: Sequence[int],
+    latent_size: int,
+    *,
+    width: int = 200,
+    num_blocks: int = 4,
+    dtype: DTypeLike | None = None,
+) -> Network:
     """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size`
     dimensions."""
-    return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks), shape)
+    return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks, dtype), shape)
 
 
 def mlp_decoder(
-    shape: Sequence[int], outputs: int, latent_size: int, *, width: int = 200, num_blocks: int = 4
+    shape: Sequence[int],
+    outputs: int,
+    latent_size: int,
+    *,
+    width: int = 200,
+    num_blocks: int = 4,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs]."""
-    return _decoder(_ResidualMLP(math.prod(shape) * outputs, width, num_blocks), shape, outputs, latent_size)
+    module = _ResidualMLP(math.prod(shape) * outputs, width, num_blocks, dtype)
+    return _decoder(module, shape, outputs, latent_size)
 
 
 def conv_encoder(
-    shape: Sequence[int], latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4
+    shape: Sequence[int],
+    latent_size: int,
+    *,
+    widths: Sequence[int] = (32, 64, 64),
+    num_blocks: int = 4,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST:
-    3 and 4)."""
-    return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks), shape)
+    3 and 4, CelebA: 4 and 5)."""
+    return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks, dtype), shape)
 
 
 def conv_decoder(
-    shape: Sequence[int], outputs: int, latent_size: int, *, widths: Sequence[int] = (32, 64, 64), num_blocks: int = 4
+    shape: Sequence[int],
+    outputs: int,
+    latent_size: int,
+    *,
+    widths: Sequence[int] = (32, 64, 64),
+    num_blocks: int = 4,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C,
     outputs]."""
-    return _decoder(_ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks), shape, outputs, latent_size)
+    module = _ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks, dtype)
+    return _decoder(module, shape, outputs, latent_size)
+
+
+def classifier(
+    shape: Sequence[int], num_classes: int, *, widths: Sequence[int] = (32, 64), num_features: int = 64
+) -> Network:
+    """A small network of our own for images [B, H, W, C], a stride-2 convolution for each width and two dense layers:
+    `apply` gives (features [B, num_features], logits [B, num_classes]), the features being what the last layer sees."""
+    module = _Classifier(num_classes, tuple(widths), num_features)
+    return Network(lambda key: module.init(key, jnp.zeros((1, *shape))), module.apply)
 
 
 class _ResidualMLP(nn.Module):
     features: int
     width: int
     num_blocks: int
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        h = nn.Dense(self.width)(h.reshape(h.shape[0], -1))
+        h = nn.Dense(self.width, dtype=self.dtype)(h.reshape(h.shape[0], -1))
         for _ in range(self.num_blocks):
-            residual = nn.Dense(self.width)(nn.silu(h))
-            h = h + nn.Dense(self.width, kernel_init=_small)(nn.silu(residual))
+            residual = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
+            h = h + nn.Dense(self.width, kernel_init=_small, dtype=self.dtype)(nn.silu(residual))
         return nn.Dense(self.features, kernel_init=_small)(nn.silu(h))
 
 
 class _ResidualConvolutions(nn.Module):
     num_blocks: int
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         width = h.shape[-1]
         for _ in range(self.num_blocks):
-            residual = nn.Conv(width, (3, 3))(nn.silu(h))
-            h = h + nn.Conv(width, (3, 3), kernel_init=_small)(nn.silu(residual))
+            residual = nn.Conv(width, (3, 3), dtype=self.dtype)(nn.silu(h))
+            h = h + nn.Conv(width, (3, 3), kernel_init=_small, dtype=self.dtype)(nn.silu(residual))
         return h
 
 
@@ -91,12 +130,13 @@ class _ConvEncoder(nn.Module):
     features: int
     widths: tuple[int, ...]
     num_blocks: int
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         for width in self.widths:
-            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
-        h = _ResidualConvolutions(self.num_blocks)(h)
+            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype)(h))
+        h = _ResidualConvolutions(self.num_blocks, self.dtype)(h)
         return nn.Dense(self.features, kernel_init=_small)(nn.silu(h.reshape(h.shape[0], -1)))
 
 
@@ -105,6 +145,7 @@ class _ConvDecoder(nn.Module):
     outputs: int
     widths: tuple[int, ...]
     num_blocks: int
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
@@ -112,13 +153,28 @@ class _ConvDecoder(nn.Module):
         sizes = [tuple(size)]  # as the encoder's convolutions shrink them, finest first
         for _ in self.widths:
             sizes.append(tuple(-(-side // 2) for side in sizes[-1]))
-        h = nn.Dense(math.prod(sizes[-1]) * self.widths[-1])(z).reshape(-1, *sizes[-1], self.widths[-1])
-        h = _ResidualConvolutions(self.num_blocks)(h)
+        h = nn.Dense(math.prod(sizes[-1]) * self.widths[-1], dtype=self.dtype)(z).reshape(
+            -1, *sizes[-1], self.widths[-1]
+        )
+        h = _ResidualConvolutions(self.num_blocks, self.dtype)(h)
         # A kernel of twice the stride covers every pixel equally often, which avoids checkerboards.
         for (rows, columns), width in zip(sizes[-2:0:-1], self.widths[-2::-1], strict=True):
-            h = nn.ConvTranspose(width, (4, 4), strides=(2, 2))(nn.silu(h))[:, :rows, :columns]
+            h = nn.ConvTranspose(width, (4, 4), strides=(2, 2), dtype=self.dtype)(nn.silu(h))[:, :rows, :columns]
         h = nn.ConvTranspose(channels * self.outputs, (4, 4), strides=(2, 2), kernel_init=_small)(nn.silu(h))
         return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
+
+
+class _Classifier(nn.Module):
+    num_classes: int
+    widths: tuple[int, ...]
+    num_features: int
+
+    @nn.compact
+    def __call__(self, h: Array) -> tuple[Array, Array]:
+        for width in self.widths:
+            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
+        features = nn.silu(nn.Dense(self.num_features)(h.reshape(h.shape[0], -1)))
+        return features, nn.Dense(self.num_classes)(features)
 
 
 def _encoder(module: nn.Module, shape: Sequence[int]) -> Network:

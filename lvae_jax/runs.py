@@ -7,7 +7,8 @@
   summary.json    written last: a run that has one is finished
 
 All but metrics.jsonl, which grows, are replaced in one move: whatever has its final name is whole. Experiments may add
-files of their own.
+files of their own. Where several processes share a run, all may read, and process 0 alone writes: for the others, the
+functions that write do nothing.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 
 class RunError(Exception):
@@ -47,15 +49,20 @@ def find_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def make_run(path: Path, flags: Mapping[str, Any]) -> None:
-    """Makes the run directory, where `find_run` found none.
+    """Makes the run directory, where `find_run` found none; several processes wait here for each other.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: it cannot be written, or not be seen by all processes.
     """
+    file = path / "flags.json"
     try:
-        write_json(path / "flags.json", flags)
+        write_json(file, flags)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}): give another --run_dir") from None
+    finally:
+        multihost_utils.sync_global_devices(str(file))
+    if not file.exists():
+        raise RunError(f"{path} is not on a file system that all processes share: give a --run_dir that is")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -80,6 +87,8 @@ def write_json(file: Path, value: Any) -> None:
 
 def replace(file: Path, write: Callable[[Path], Any]) -> None:
     """Writes `file` by `write(temporary path)`, and gives it its name once it is whole."""
+    if jax.process_index() != 0:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(file)
     write(temporary)
@@ -92,6 +101,8 @@ def _temporary(file: Path) -> Path:
 
 def append_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines to the run's metrics.jsonl."""
+    if jax.process_index() != 0:
+        return
     with open(path / "metrics.jsonl", "a") as file:
         file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
 
@@ -125,11 +136,23 @@ class Checkpoints:
 
     def __init__(self, path: Path, group: str):
         self._path = (path / "checkpoints" / group).absolute()
-        self._manager = ocp.CheckpointManager(self._path, options=ocp.CheckpointManagerOptions(max_to_keep=1))
+        # A manager for each process: they need not wait for each other.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process-{jax.process_index()}",
+        )
+        # Orbax refuses to make the directory for such a manager.
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._path,
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, create=False, multiprocessing_options=alone),
+        )
 
     def save(self, step: int, tree: Any) -> None:
-        """Saves a pytree of arrays; returns when it has been copied, while it is still being written."""
-        self._manager.save(step, args=ocp.args.StandardSave(tree))
+        """Saves a pytree of numpy arrays; returns when it has been copied, while it is still being written."""
+        if jax.process_index() == 0:
+            self._manager.save(step, args=ocp.args.StandardSave(tree))
 
     def restore(self, like: Any) -> Any | None:
         """The newest checkpoint, or None if there is none; `like` is a pytree of the same structure, shapes and types.
@@ -141,7 +164,7 @@ class Checkpoints:
         if step is None:
             return None
         # On the devices at hand, whichever it was saved on.
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))

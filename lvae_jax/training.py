@@ -1,18 +1,23 @@
-"""One gradient step, and how it is mapped over sweep members and fused over steps.
+"""One gradient step, and how it is mapped over sweep members and devices and fused over steps.
 
 Everything random in a run derives from one key: `fold_in` of the step, then of the example's global index. A run that
 is resumed, or split over devices, draws the same numbers; nothing but the step needs saving.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Float, Int, Key, UInt8
 
+from lvae_jax import datasets
 from lvae_jax import vae as vae_lib
+from lvae_jax.likelihoods import Schedule
 from lvae_jax.vae import VAE, Params, Scores
 
 # Adam moves a parameter by at most about one learning rate a step, and log sigma of an LS-VAE is a single parameter
@@ -21,11 +26,18 @@ SIGMA_RATE = 10.0
 
 
 class TrainState(NamedTuple):
-    """step: [] int32, gradient steps taken; params, in force at that step; opt_state, of the optimiser."""
+    """step: [] int32, gradient steps taken; params, in force at that step; opt_state, of the optimiser; ema, the
+    exponential moving average of params, or None if none is kept."""
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    ema: Params | None = None
+
+    @property
+    def weights(self) -> Params:
+        """What is to be evaluated: the average where one is kept, else the params."""
+        return self.params if self.ema is None else self.ema
 
 
 class Metrics(NamedTuple):
@@ -39,8 +51,11 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, "..."]
 
 
-def optimizer(num_steps: int, *, learning_rate: float = 2e-3, clip_norm: float = 1.0) -> optax.GradientTransformation:
-    """Adam on gradients clipped to a global norm, its rate decayed to zero by a half cosine over `num_steps`.
+def optimizer(
+    num_steps: int, *, learning_rate: float = 2e-3, warmup_steps: int = 0, clip_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """Adam on gradients clipped to a global norm, its rate raised from zero over `warmup_steps` and then decayed to
+    zero by a half cosine up to `num_steps`.
 
     The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `SIGMA_RATE`
     times that rate. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
@@ -51,15 +66,18 @@ def optimizer(num_steps: int, *, learning_rate: float = 2e-3, clip_norm: float =
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps)),
         optax.stateless(hasten_likelihood),
     )
 
 
-def init(key: Key[Array, ""], vae: VAE, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init(
+    key: Key[Array, ""], vae: VAE, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+) -> TrainState:
+    """The state before the first step; `ema_decay` is that of `train_step`."""
     params = vae_lib.init(key, vae)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None  # a donated state must not hold an array twice
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
 def train_step(
@@ -70,31 +88,50 @@ def train_step(
     x: Float[Array, "B *S"],
     index: Int[Array, " B"],
     *,
-    beta: float = 1.0,
+    beta: float | Schedule = 1.0,
+    ema_decay: float = 0.0,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient ascent on the batch mean of log p(x|z) - beta KL; beta = 1 is the ELBO.
 
     Args:
       key: the step's; an example draws its z from fold_in(key, index).
       index: of each example in the whole batch, of which x may be one device's share.
+      beta: a number, or a function of the step for a warm-up of the KL.
+      ema_decay: of the average in the state, 0 if there is none: ema = decay ema + (1 - decay) params after each step
+        t from 1 on, decay = min(ema_decay, t / (9 + t)), which forgets the start soon, as TensorFlow's
+        ExponentialMovingAverage does. What of the likelihood no gradient sets is not averaged.
+      axis_name: of the mapped axis whose devices share the batch, in equal parts; gradients and metrics are those of
+        the whole batch.
     """
-    keys = vae_lib.example_keys(key, index)
+    keys = datasets.example_keys(key, index)
     del key
+    weight = beta(state.step) if callable(beta) else beta
 
     def loss(params: Params) -> tuple[Float[Array, ""], vae_lib.Terms]:
         terms = vae_lib.elbo(keys, vae, params, x)
-        return jnp.mean(beta * terms.kl - terms.log_likelihood), terms
+        return jnp.mean(weight * terms.kl - terms.log_likelihood), terms
 
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)
+    scores = vae_lib.summary(vae_lib.scores(terms, x))
+    if axis_name is not None:
+        gradients = jax.lax.pmean(gradients, axis_name)
+        scores = jax.lax.pmean(scores, axis_name)._replace(
+            sigma_min=jax.lax.pmin(scores.sigma_min, axis_name), sigma_max=jax.lax.pmax(scores.sigma_max, axis_name)
+        )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    scores = vae_lib.summary(vae_lib.scores(terms, x))
     step = state.step + 1
     params["likelihood"] = vae.likelihood.update(params["likelihood"], step, scores.mse)
-    return TrainState(step, params, opt_state), Metrics(scores, optax.tree.norm(gradients))
+    ema = state.ema
+    if ema is not None:
+        decay = jnp.minimum(ema_decay, step / (9 + step))
+        ema = jax.tree.map(lambda average, new: average + (1.0 - decay) * (new - average), ema, params)
+        ema["likelihood"] = vae.likelihood.update(ema["likelihood"], step, scores.mse)
+    return TrainState(step, params, opt_state, ema), Metrics(scores, optax.tree.norm(gradients))
 
 
-Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
+Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]  # see `datasets.Dataset`
 
 
 def members_init(
@@ -102,12 +139,14 @@ def members_init(
     sigmas: Float[Array, "M *T"],
     make_vae: Callable[..., VAE],
     optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float = 0.0,
 ) -> TrainState:
     """The states of M sweep members, stacked: member m has the model `make_vae(sigmas[m])` and draws its parameters
     from seeds[m]."""
 
     def one(seed: Int[Array, ""], sigma: Float[Array, "*T"]) -> TrainState:
-        return init(jax.random.fold_in(jax.random.key(seed), 0), make_vae(sigma), optimizer)
+        return init(jax.random.fold_in(jax.random.key(seed), 0), make_vae(sigma), optimizer, ema_decay=ema_decay)
 
     return jax.vmap(one)(seeds, sigmas)
 
@@ -116,31 +155,157 @@ def members_steps(
     seeds: Int[Array, " M"],
     sigmas: Float[Array, "M *T"],
     states: TrainState,
-    train: Any,
+    train: UInt8[Array, "N *S"] | None,
     indices: Int[Array, "K M B"],
+    examples: UInt8[Array, "K M B *S"] | None = None,
     *,
     make_vae: Callable[..., VAE],
     optimizer: optax.GradientTransformation,
     batch: Batch,
-    beta: float = 1.0,
+    beta: float | Schedule = 1.0,
+    ema_decay: float = 0.0,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """K steps of each of M sweep members, as one program: vmapped over members, scanned over steps. Metrics are [K, M].
 
     Members with the same seed see the same data and the same noise, whatever their sigma: their differences are paired.
+
+    Args:
+      train: what `indices` choose from, on the device; None if `examples` holds what they chose, or for a stream.
+      axis_name: of the mapped axis whose devices share each batch: device d has the d-th part of it.
     """
 
     def one(
-        seed: Int[Array, ""], sigma: Float[Array, "*T"], state: TrainState, indices: Int[Array, " B"]
+        seed: Int[Array, ""],
+        sigma: Float[Array, "*T"],
+        state: TrainState,
+        indices: Int[Array, " B"],
+        examples: UInt8[Array, "B *S"] | None,
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
         data_key, noise_key = jax.random.split(step_key)
-        x = batch(train, data_key, indices)
-        return train_step(noise_key, make_vae(sigma), optimizer, state, x, jnp.arange(len(x)), beta=beta)
+        x = batch(examples if train is None else train[indices], data_key, indices)
+        first = 0 if axis_name is None else len(x) * jax.lax.axis_index(axis_name)
+        index = first + jnp.arange(len(x))
+        return train_step(
+            noise_key,
+            make_vae(sigma),
+            optimizer,
+            state,
+            x,
+            index,
+            beta=beta,
+            ema_decay=ema_decay,
+            axis_name=axis_name,
+        )
 
-    def step(states: TrainState, indices: Int[Array, "M B"]) -> tuple[TrainState, Metrics]:
-        return jax.vmap(one)(seeds, sigmas, states, indices)
+    def step(states: TrainState, batches: tuple[Array, Array | None]) -> tuple[TrainState, Metrics]:
+        return jax.vmap(one)(seeds, sigmas, states, *batches)
 
     if len(indices) == 1:  # even a loop of one step makes convolutions on a CPU many times slower (jax issue 12868)
-        states, metrics = step(states, indices[0])
+        states, metrics = step(states, jax.tree.map(lambda leaf: leaf[0], (indices, examples)))
         return states, jax.tree.map(lambda value: value[None], metrics)
-    return jax.lax.scan(step, states, indices)
+    return jax.lax.scan(step, states, (indices, examples))
+
+
+class Layout(NamedTuple):
+    """How the members of a sweep and their batches lie on devices. Off the devices, whatever these are, states are [M,
+    ...], metrics [K, M] and indices [K, M, B], so that a checkpoint serves any layout.
+
+    Attributes:
+      map: (steps, donate_argnums) -> `members_steps`, its options bound, compiled for the devices.
+      axis_name: of the devices that share a batch, which is an option of `members_steps`; None if none do.
+      place: leaves [M, ...] -> as `map`ped steps take and return them.
+      collect: (leaves, M, axis) -> the inverse, in numpy; `axis` of the leaves is that of the members.
+      share: indices [K, M, B] of the whole batch -> those of this process, as `map`ped steps take them.
+      batches: sharding of what `share` returns, and of examples that it chose.
+      whole: sharding of what all devices have.
+    """
+
+    map: Callable[..., Callable[..., tuple[TrainState, Metrics]]]
+    axis_name: str | None
+    place: Callable[[Any], Any]
+    collect: Callable[[Any, int, int], Any]
+    share: Callable[[Int[np.ndarray, "K M B"]], Int[np.ndarray, "..."]]
+    batches: Sharding
+    whole: Sharding
+
+
+AXIS = "devices"
+
+
+def one_device() -> Layout:
+    """Everything on the first device of this process."""
+    sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return Layout(
+        map=jax.jit,
+        axis_name=None,
+        place=lambda tree: jax.device_put(tree, sharding),
+        collect=lambda tree, num_members, axis: jax.device_get(tree),
+        share=lambda indices: indices,
+        batches=sharding,
+        whole=sharding,
+    )
+
+
+def split_batch(devices: Sequence[jax.Device]) -> Layout:
+    """Data parallel: each device has all members and an equal part of each batch; `devices` may be of several
+    processes, which feed their own devices."""
+    mesh = _local_mesh(devices)
+    whole = NamedSharding(mesh, PartitionSpec())
+    ours = [index for index, device in enumerate(devices) if device.process_index == jax.process_index()]
+
+    def share(indices: Int[np.ndarray, "K M B"]) -> Int[np.ndarray, "K M D b"]:
+        steps, members, size = indices.shape
+        if size % len(devices):
+            raise ValueError(f"a batch of {size} cannot be split over {len(devices)} devices: give a multiple of that")
+        return indices.reshape(steps, members, len(devices), -1)[:, :, ours]
+
+    return Layout(
+        map=functools.partial(
+            jax.pmap, axis_name=AXIS, devices=devices, in_axes=(None, None, None, None, 2, 2), out_axes=(None, None)
+        ),
+        axis_name=AXIS,
+        place=lambda tree: jax.device_put(tree, whole),
+        collect=lambda tree, num_members, axis: jax.device_get(tree),
+        share=share,
+        batches=NamedSharding(mesh, PartitionSpec(None, None, AXIS)),
+        whole=whole,
+    )
+
+
+def split_members(devices: Sequence[jax.Device]) -> Layout:
+    """Each of `devices`, all of this process, has an equal part of the members and their whole batches; repeats of the
+    last member, which `collect` drops, fill up the parts."""
+    mesh = _local_mesh(devices)
+
+    def parts(num_members: int) -> Int[np.ndarray, "D m"]:
+        size = -(-num_members // len(devices))
+        return np.minimum(np.arange(len(devices) * size), num_members - 1).reshape(len(devices), size)
+
+    def place(tree: Any) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[parts(len(leaf))], sharding), tree)
+
+    def collect(tree: Any, num_members: int, axis: int) -> Any:
+        def merge(leaf: np.ndarray) -> np.ndarray:
+            merged = leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
+            return merged.take(np.arange(num_members), axis=axis)
+
+        return jax.tree.map(merge, jax.device_get(tree))
+
+    return Layout(
+        map=functools.partial(
+            jax.pmap, axis_name=AXIS, devices=devices, in_axes=(0, 0, 0, None, 1, 1), out_axes=(0, 1)
+        ),
+        axis_name=None,
+        place=place,
+        collect=collect,
+        share=lambda indices: indices[:, parts(indices.shape[1])],
+        batches=NamedSharding(mesh, PartitionSpec(None, AXIS)),
+        whole=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def _local_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array([device for device in devices if device.process_index == jax.process_index()]), (AXIS,))

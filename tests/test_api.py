@@ -16,17 +16,26 @@ PACKAGE = Path(lvae_jax.__file__).parent
 LEVELS = [
     "gaussians",
     "toy",
+    "theory",
+    "images",
+    "datasets",
     "figures",
     "likelihoods",
     "networks",
     "vae",
-    "datasets",
     "training",
     "evaluation",
+    "generation",
     "runs",
 ]
 # Packages that only one file knows.
-OWNERS = {"flax": "networks", "orbax": "runs", "matplotlib": "figures", "tensorflow_datasets": "datasets"}
+OWNERS = {
+    "flax": "networks",
+    "orbax": "runs",
+    "matplotlib": "figures",
+    "tensorflow_datasets": "images",
+    "PIL": "images",
+}
 
 
 def imports(module):
@@ -59,7 +68,7 @@ def test_importing_the_library_is_light():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert "flax.linen" in modules
-    heavy = {"tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "scipy.stats", "tqdm"}
+    heavy = {"tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "scipy.stats", "tqdm", "PIL"}
     assert not heavy & modules
 
 

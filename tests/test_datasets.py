@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import integrate, stats
 
 from lvae_jax import datasets, toy
+
+KEY = jax.random.key(0)
+INDEX = jnp.arange(64)
+
+
+def gathered(dataset, key, indices):
+    return np.asarray(dataset.batch(dataset.train[indices], key, indices))
 
 
 @pytest.fixture
@@ -36,10 +44,11 @@ def test_order_depends_on_seed_and_epoch_alone(images):
 
 
 def test_images_become_floats_on_the_grid(images):
-    x = images.batch(images.train, jax.random.key(0), np.array([6, 0]))
+    x = gathered(images, KEY, jnp.array([6, 0]))
     np.testing.assert_allclose(x[:, 0, 0, 0], [6 / 255, 0.0], rtol=1e-7)
     assert x.shape == (2, 2, 3, 1)
     assert x.dtype == np.float32
+    np.testing.assert_array_equal(images.test_batch(images.test, KEY, jnp.arange(2)), datasets.to_float(images.test))
     np.testing.assert_array_equal(datasets.to_float(np.array([0, 255], np.uint8)), [0.0, 1.0])
     np.testing.assert_array_equal(datasets.to_float(np.array([0.5, -3.0], np.float32)), [0.5, -3.0])
 
@@ -50,8 +59,162 @@ def test_the_toy_streams_fresh_points_and_holds_out_others():
     batches = [np.asarray(stream.batch(None, jax.random.key(seed), indices)) for seed in range(2)]
     together = np.concatenate([*batches, stream.test])
     assert len(np.unique(together, axis=0)) == len(together)
-    assert stream.test.shape == (datasets.TOY_TEST_SIZE, *toy.SHAPE)
+    assert stream.test.shape == (datasets.TEST_SIZE, *toy.SHAPE)
     np.testing.assert_array_equal(stream.test, datasets.load("toy").test)
+    np.testing.assert_array_equal(stream.test_batch(stream.test[:9], KEY, jnp.arange(9)), stream.test[:9])
+
+
+@pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 2.5), (10, 0.1)])
+def test_the_sphere_s_points_have_its_radius_and_are_uniform(dim, radius):
+    stream = datasets.sphere_stream(dim, radius=radius)
+    batch = stream.batch(None, KEY, jnp.asarray(stream.indices(0, 0, 10_000)))
+    assert stream.shape == (dim,)
+    for points in (np.float64(batch), np.float64(stream.test)):
+        assert points.shape == (10_000, dim)
+        np.testing.assert_allclose(np.linalg.norm(points, axis=1), radius, rtol=1e-6)
+        # Along any direction, the first axis and another one: u^2 is Beta((1/2, (n - 1)/2), and either sign as likely.
+        for direction in (np.eye(dim)[0], np.ones(dim) / np.sqrt(dim)):
+            u = points @ direction / radius
+            assert stats.kstest(u**2, stats.beta(0.5, (dim - 1) / 2).cdf).pvalue > 1e-3
+            assert stats.binomtest(int(np.sum(u > 0)), len(u)).pvalue > 1e-3
+        # The mean is 0 and the covariance R^2 / n, to the errors of 10,000 independent points.
+        unit = points / radius
+        assert np.abs(unit.mean(0)).max() < 4.5 / np.sqrt(dim * 10_000)
+        assert np.abs(unit.T @ unit / 10_000 - np.eye(dim) / dim).max() < 4.5 * np.sqrt(2.0) / dim / 100.0
+    # Theorem 1's own cases: in the plane the angle is uniform, in space each coordinate is (Archimedes).
+    if dim == 2:
+        angle = np.arctan2(*np.float64(batch).T)
+        assert stats.kstest(angle, stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 1e-3
+    if dim == 3:
+        for coordinate in np.float64(batch).T:
+            assert stats.kstest(coordinate, stats.uniform(-radius, 2 * radius).cdf).pvalue > 1e-3
+
+
+def test_the_sphere_streams_fresh_points_by_key_and_index_and_holds_out_others():
+    stream = datasets.sphere_stream(3)
+    indices = jnp.asarray(stream.indices(0, 0, 50))
+    batches = [np.asarray(stream.batch(None, jax.random.key(seed), indices)) for seed in (0, 1, datasets.TEST_SEED - 1)]
+    together = np.concatenate([*batches, stream.test])
+    assert len(np.unique(together, axis=0)) == len(together)
+    np.testing.assert_array_equal(stream.batch(None, KEY, indices), batches[0])
+    # Programs of another size may round the last digit of a norm otherwise.
+    np.testing.assert_allclose(stream.batch(None, KEY, indices[::-3]), batches[0][::-3], 5e-7, 0, err_msg="a share")
+    np.testing.assert_array_equal(stream.test, datasets.sphere_stream(3).test)
+    np.testing.assert_array_equal(stream.test_batch(stream.test[:9], KEY, jnp.arange(9)), stream.test[:9])
+    assert stream.train is None
+
+
+def test_example_keys_depend_on_the_key_and_the_global_index_alone():
+    def data(key, index):
+        return np.array(jax.random.key_data(datasets.example_keys(key, index)))
+
+    index = jnp.arange(1_000)
+    everything = data(KEY, index)
+    assert len(np.unique(everything, axis=0)) == len(index)
+    picked = jnp.array([3, 999, 3, 0])
+    np.testing.assert_array_equal(data(KEY, picked), everything[picked])
+    assert not np.any(np.all(data(jax.random.key(1), index) == everything, axis=-1))
+
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (64, 5, 4, 3), dtype=np.uint8)
+
+
+def test_every_other_training_image_is_mirrored_left_to_right():
+    dataset = datasets.image_dataset(PICTURES, PICTURES, flip=True)
+    mirrored = []
+    for step in range(20):
+        batch = np.rint(255 * gathered(dataset, jax.random.key(step), INDEX))
+        flipped = (batch == PICTURES[:, :, ::-1]).all(axis=(1, 2, 3))
+        assert (flipped | (batch == PICTURES).all(axis=(1, 2, 3))).all(), "no image changes otherwise"
+        mirrored.append(flipped)
+    assert stats.binomtest(int(np.sum(mirrored)), 20 * 64).pvalue > 1e-3
+    # Independent over steps and over images.
+    assert stats.chisquare(np.unique(2 * mirrored[0] + mirrored[1], return_counts=True)[1]).pvalue > 1e-3
+    assert len(np.unique(mirrored, axis=0)) == 20
+    np.testing.assert_array_equal(dataset.test_batch(PICTURES, KEY, INDEX), datasets.to_float(PICTURES))
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"dequantized": True}, {"flip": True, "dequantized": True}])
+def test_what_is_random_about_an_example_belongs_to_the_step_and_to_its_index(options):
+    dataset = datasets.image_dataset(PICTURES, PICTURES, **options)
+    whole = gathered(dataset, KEY, INDEX)
+    picked = INDEX[40:10:-1]
+    np.testing.assert_array_equal(gathered(dataset, KEY, picked), whole[picked], "a device's share of the batch")
+    np.testing.assert_array_equal(gathered(dataset, KEY, INDEX), whole)
+    assert not np.array_equal(gathered(dataset, jax.random.key(1), INDEX), whole)
+    by_member = jax.vmap(dataset.batch, in_axes=(None, 0, None))
+    keys = jnp.stack([jax.random.key(1), KEY])
+    np.testing.assert_array_equal(by_member(PICTURES, keys, INDEX)[1], whole)
+
+
+def test_dequantised_pixels_fill_their_cells():
+    k = np.tile(np.arange(256, dtype=np.uint8)[None], (20_000, 1))
+    x = np.float64(datasets.dequantize(datasets.example_keys(KEY, jnp.arange(20_000)), k))
+    assert x.min() >= 0.0
+    assert x.max() < 1.0
+    np.testing.assert_array_equal(np.floor(256 * x), k, "no rounding up to the next value")
+    u = 256 * x - k
+    for value in (0, 1, 128, 255):
+        assert stats.kstest(u[:, value], stats.uniform.cdf).pvalue > 1e-3
+    assert abs(u.mean() - 0.5) < 4 * np.sqrt(1 / 12 / u.size)
+    assert abs(np.corrcoef(u[:, :2].T)[0, 1]) < 4 / np.sqrt(len(u)), "pixels share their noise"
+    assert abs(np.corrcoef(u[:2])[0, 1]) < 4 / np.sqrt(256), "examples share their noise"
+
+
+@pytest.mark.parametrize("stddev", [0.001, 0.01, 1.0])
+def test_the_density_of_dequantised_pixels_bounds_the_probability_of_the_image(stddev):
+    """n pixels under a Gaussian of which the probability of every cell is known."""
+    n, k, mean = 3, 200, 200.5 / 256
+    density = stats.norm(mean, stddev)
+    log_probability = n * np.log(density.cdf((k + 1) / 256) - density.cdf(k / 256))
+    x = datasets.dequantize(datasets.example_keys(KEY, jnp.arange(20_000)), np.full((20_000, n), k, np.uint8))
+    log_p = density.logpdf(np.float64(x)).sum(axis=1)
+    bound = log_p.mean() - n * np.log(256)
+    error = log_p.std() / np.sqrt(len(log_p))
+    assert bound < log_probability + 4 * error
+    expected = n * integrate.quad(lambda u: density.logpdf((k + u) / 256), 0, 1)[0] - n * np.log(256)
+    assert bound == pytest.approx(expected, abs=4 * error)
+    if stddev == 1.0:
+        assert bound == pytest.approx(log_probability, abs=1e-4), "tight where the density is flat within a cell"
+
+
+NONSENSE = [
+    ("toy", {"flip": True}, "--flip is for images"),
+    ("toy", {"dequantize": True}, "--dequantize is for images"),
+    ("toy", {"fake_data": True}, "--fake_data is for images"),
+    ("toy", {"image_size": 0}, "--image_size is for CelebA"),
+    ("mnist", {"image_size": 28}, "--image_size is for CelebA"),
+    ("mnist", {"celeba_dir": "."}, "--celeba_dir is for CelebA"),
+    ("celeb_a", {}, "--image_size=None: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 7}, "--image_size=7: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 149, "celeba_dir": "."}, "--image_size=149: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 0, "fake_data": True}, "--image_size=0: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "manual_dir": "."}, "one source, leave one flag out"),
+    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "fake_data": True}, "one source, leave one flag out"),
+    ("mnist", {"fake_data": True, "manual_dir": "."}, "--fake_data and --manual_dir: .* leave one flag out"),
+    ("nonesuch", {"fake_data": True}, "unknown data set 'nonesuch'"),
+    ("CelebA", {}, "TFDS calls it 'celeb_a', give this name"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), NONSENSE)
+def test_options_that_make_no_sense_are_refused_in_one_line(name, options, message):
+    for function in (datasets.check, datasets.load):
+        with pytest.raises(datasets.DatasetError, match=message) as error:
+            function(name, **options)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("image_size", [8, 148])
+def test_options_that_make_sense_pass(image_size):
+    datasets.check("celeb_a", image_size=image_size, flip=True, dequantize=True)
+    datasets.check("celeb_a:2.1.0", image_size=image_size, celeba_dir="nowhere yet")
+    loaded = datasets.load("celeb_a", image_size=image_size, flip=True, dequantize=True, fake_data=True)
+    assert loaded.shape == (image_size, image_size, 3)
+    index = jnp.arange(20)
+    drawn = gathered(loaded, KEY, index)
+    expected = datasets.image_dataset(loaded.train, loaded.test, flip=True, dequantized=True)
+    np.testing.assert_array_equal(drawn, gathered(expected, KEY, index))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +228,7 @@ def test_the_toy_streams_fresh_points_and_holds_out_others():
 )
 def test_unknown_or_unfit_names_are_refused_in_one_line(name, message):
     with pytest.raises(datasets.DatasetError, match=message) as error:
-        datasets.check_name(name)
+        datasets.check(name)
     assert "\n" not in str(error.value)
 
 

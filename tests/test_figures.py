@@ -16,7 +16,7 @@ def panel(title, shape, count=6):
 
 
 def curves(members=2, steps=5):
-    return figures.Curves(np.arange(1, steps + 1), *(RNG.uniform(0.1, 1.0, (members, steps)) for _ in range(6)))
+    return figures.Curves(np.arange(1, steps + 1), *(RNG.uniform(0.1, 1.0, (members, steps)) for _ in range(7)))
 
 
 def render(figure):
@@ -85,18 +85,141 @@ def test_sigma_and_elbo_share_their_steps_and_ignore_the_first_losses():
     assert top.get_xlim() == bottom.get_xlim()
 
 
+EMPTY = np.empty((2, 0))
+GRID = np.geomspace(0.01, 10.0, 7)
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def line(axis, label):
+    return next(line for line in axis.lines if line.get_label() == label)
+
+
 def test_elbo_against_sigma():
     sigmas, elbos = np.array([0.1, 0.1, 1.0, 1.0]), np.array([-1.0, -3.0, -5.0, -7.0])
+    learned, moved = np.array([-0.5, -0.7]), RNG.uniform(-9.0, -1.0, (4, 7))
     figure = figures.elbo_against_sigma(
-        {"F-VAE": (sigmas, elbos)}, {"LS-VAE": np.array([-0.5, -0.7])}, unit="toy length"
+        {"F-VAE": (sigmas, elbos), "LS-VAE": (np.array([0.07, 0.06]), learned)},
+        {"LS-VAE": learned, "LV-VAE": np.array([-0.2])},
+        reused=(GRID, {"F-VAE": moved}),
+        limits=np.array([[0.1, 1.0], [-0.4, -4.0]]),
+        bound=-0.1,
+        unit="toy length",
     )
     render(figure)
     axis = figure.axes[0]
-    across, dots, means = axis.lines
-    np.testing.assert_allclose(across.get_ydata(), -0.6)
+    dots, alone = line(axis, "F-VAE"), line(axis, "LV-VAE")
     np.testing.assert_array_equal(dots.get_xydata(), np.stack([sigmas, elbos], axis=1))
-    np.testing.assert_allclose(means.get_ydata(), [-2.0, -6.0])
+    np.testing.assert_allclose(alone.get_ydata(), -0.2)
+    across = next(each for each in axis.lines if np.allclose(each.get_ydata(), -0.6))
+    assert across.get_color() == line(axis, "LS-VAE").get_color() != dots.get_color()
+    np.testing.assert_array_equal(line(axis, "best that any networks reach").get_xydata(), [[0.1, -0.4], [1.0, -4.0]])
+    np.testing.assert_allclose(line(axis, "-H(x)").get_ydata(), -0.1)
+    drawn = [each for each in axis.lines if len(each.get_xdata()) == len(GRID)]
+    np.testing.assert_array_equal([each.get_ydata() for each in drawn], moved)
+    assert {each.get_color() for each in drawn} == {dots.get_color()}
+    assert labels(axis).count("LS-VAE") == 1
     assert axis.get_xscale() == "log"
+    low, high = axis.get_ylim()
+    assert low < -7.0
+    assert high > -0.1
+
+
+@pytest.mark.parametrize(
+    ("points", "lines"),
+    [
+        ({"F-VAE": (np.array([0.1]), np.array([-1.0]))}, {}),
+        ({}, {"LV-VAE": np.array([3.0])}),
+        ({}, {"LV-VAE": np.array([3.0, 3.0])}),
+        ({"sigma-VAE": (np.array([0.1, 0.2]), np.array([-1.0, -2.0]))}, {"LV-VAE": np.array([3.0])}),
+    ],
+)
+def test_elbo_against_sigma_of_any_variants_alone(points, lines):
+    figure = figures.elbo_against_sigma(
+        points, lines, reused=(GRID, {}), limits=EMPTY, bound=None, unit="pixel on [0, 1]"
+    )
+    render(figure)
+    axis = figure.axes[0]
+    low, high = axis.get_ylim()
+    for elbos in [*(elbos for _, elbos in points.values()), *lines.values()]:
+        assert low < elbos.min() <= elbos.max() < high
+    assert not {"-H(x)", "best that any networks reach"} & set(labels(axis)), "what is not known is not named"
+    assert set(labels(axis)) >= {*points, *lines}
+    for sigmas, _ in points.values():
+        assert axis.get_xlim()[0] < sigmas.min() <= sigmas.max() < axis.get_xlim()[1]
+
+
+STDDEVS = np.array([2.0, 1.0, 0.5, 0.1])
+
+
+def test_directions_count_the_stddevs_above_sigma_and_show_trained_models():
+    elbos = -np.log(GRID)
+    trained = np.array([[0.3, 1.5], [3.0, 1.0], [-2.0, -4.0]])
+    figure = figures.directions(STDDEVS, GRID, elbos, trained=trained, unit="pixel on [0, 1]")
+    render(figure)
+    top, bottom = figure.axes
+    np.testing.assert_array_equal(
+        line(top, "stddev above sigma").get_ydata(), [sum(s > sigma for s in STDDEVS) for sigma in GRID]
+    )
+    np.testing.assert_array_equal(line(bottom, "the best linear VAE").get_xydata(), np.stack([GRID, elbos], axis=1))
+    np.testing.assert_array_equal(line(top, "active directions of trained F-VAEs").get_xydata(), trained[:2].T)
+    np.testing.assert_array_equal(line(bottom, "trained F-VAEs").get_xydata(), trained[[0, 2]].T)
+    for axis in (top, bottom):
+        np.testing.assert_array_equal(line(axis, "critical: 2").get_xdata(), 2.0)
+        assert axis.get_xscale() == "log"
+    assert bottom.get_xlabel() == "sigma [pixel on [0, 1]]"
+
+
+def test_directions_without_trained_models():
+    figure = figures.directions(STDDEVS, GRID, -np.log(GRID), trained=np.empty((3, 0)), unit="toy length")
+    render(figure)
+    assert [labels(axis) for axis in figure.axes] == [
+        ["stddev above sigma", "critical: 2"],
+        ["the best linear VAE", "critical: 2"],
+    ]
+
+
+def sphere(dim, trained):
+    rho, sigma = np.linspace(0.0, 1.2, 9), np.linspace(0.05, 1.5, 11)
+    return figures.Sphere(
+        dim=dim,
+        sigma=np.linspace(0.05, 1.5, 6),
+        radius=RNG.uniform(size=6),
+        elbo=RNG.normal(size=6),
+        map_rho=rho,
+        map_sigma=sigma,
+        objective=RNG.normal(size=(11, 9)),
+        trained=trained,
+    )
+
+
+def test_objective_map_shows_each_sigma_relative_to_its_best_radius():
+    spheres = [sphere(2, {}), sphere(10, {})]
+    figure = figures.objective_map(spheres)
+    render(figure)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["n = 2", "n = 10"]
+    for axis, each in zip(figure.axes, spheres, strict=False):
+        shown = np.asarray(axis.collections[0].get_array()).reshape(11, 9)
+        np.testing.assert_allclose(shown, each.objective - each.objective.max(axis=1, keepdims=True))
+        np.testing.assert_array_equal(line(axis, "the best radius").get_xydata().T, [each.radius, each.sigma])
+        np.testing.assert_array_equal(line(axis, "critical sigma").get_ydata(), 1.0)
+
+
+def test_radius_and_elbo_put_trained_models_on_the_exact_curves():
+    of_f = np.array([[0.3, 1.3], [0.9, 0.0], [-1.0, -2.0]])
+    spheres = [sphere(2, {"F-VAE": tuple(of_f), "LS-VAE": 3 * (np.array([0.1]),)}), sphere(3, {})]
+    figure = figures.radius_and_elbo(spheres)
+    render(figure)
+    for column, each in enumerate(spheres):
+        top, bottom = figure.axes[column], figure.axes[2 + column]
+        np.testing.assert_array_equal(top.lines[0].get_xydata().T, [each.sigma, each.radius])
+        np.testing.assert_array_equal(bottom.lines[0].get_xydata().T, [each.sigma, each.elbo])
+        assert top.get_title() == f"n = {each.dim}"
+    np.testing.assert_array_equal(figure.axes[0].collections[0].get_offsets(), of_f[:2].T)
+    np.testing.assert_array_equal(figure.axes[2].collections[0].get_offsets(), of_f[[0, 2]].T)
+    assert labels(figure.axes[0]) == ["Theorem 1", "F-VAE", "LS-VAE"]
 
 
 def test_nothing_global_is_touched():

@@ -14,8 +14,15 @@ KEY = jax.random.key(0)
 MSE = jnp.float32(0.04)
 SHAPES = [(2,), (3, 4, 1)]
 
-# Every property that takes `make` is one of all heads: a new row of HEADS inherits it.
-every_head = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+# Every property that takes `make` is one of all heads: a new row of HEADS inherits it, as a density, discretised, or
+# both.
+DISCRETISED = {
+    f"discretised {name}": lambda sigma=1.0, make=make: likelihoods.discretised(make(sigma))
+    for name, make in HEADS.items()
+}
+every_head = pytest.mark.parametrize("make", [*HEADS.values(), *DISCRETISED.values()], ids=[*HEADS, *DISCRETISED])
+every_density = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+every_discretised = pytest.mark.parametrize("make", DISCRETISED.values(), ids=DISCRETISED)
 scalar_heads = pytest.mark.parametrize(
     "make", [HEADS[name] for name in ("f", "ls", "optimal")], ids=("f", "ls", "optimal")
 )
@@ -42,7 +49,7 @@ def standard_errors(draws):
 # Densities
 
 
-@every_head
+@every_density
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 1.0, 4.0])
 def test_log_prob_is_scipys_summed_over_the_data_dimensions(make, shape, sigma):
@@ -54,7 +61,7 @@ def test_log_prob_is_scipys_summed_over_the_data_dimensions(make, shape, sigma):
     np.testing.assert_allclose(head.log_prob(params, outputs, x), expected, rtol=1e-5, atol=1e-4)
 
 
-@every_head
+@every_density
 @pytest.mark.parametrize("sigma", [0.05, 1.0])
 def test_density_integrates_to_one(make, sigma):
     head = make(sigma)
@@ -66,11 +73,17 @@ def test_density_integrates_to_one(make, sigma):
     np.testing.assert_allclose(np.trapezoid(density, x[:, 0]), 1.0, rtol=1e-5)
 
 
-@every_head
-def test_mean_is_the_first_channel_and_stddev_starts_at_sigma(make):
+@every_density
+def test_mean_is_the_first_channel(make):
     head = make(0.3)
     outputs = outputs_for(head, 5, 3, 4, 1)
     np.testing.assert_array_equal(head.mean(head.init(), outputs), outputs[..., 0])
+
+
+@every_head
+def test_stddev_starts_at_sigma(make):
+    head = make(0.3)
+    outputs = outputs_for(head, 5, 3, 4, 1)
     np.testing.assert_allclose(head.stddev(head.init(), outputs.at[..., 1:].set(0.0)), 0.3, rtol=1e-6)
 
 
@@ -83,29 +96,62 @@ def test_learned_vector_takes_log_sigma_from_the_second_channel(sigma, gain):
 
 
 @every_head
-@pytest.mark.parametrize("sigma", [1e-4, 1.0, 100.0])
-def test_density_and_gradients_are_finite_at_extremes(make, sigma):
-    head = make(sigma)
+def test_density_and_gradients_are_finite_at_extremes(make):
     values = list(itertools.product([0.0, 1e3, -1e3], [0.0, 1e3, -1e3]))
     x, extra = jnp.array(values).T
-    outputs = jnp.stack([jnp.zeros_like(x), *[extra] * (head.outputs - 1)], -1)[:, None]
-    for params in (
-        head.init(),
-        jax.tree.map(lambda p: p - 10.0, head.init()),
-        head.update(head.init(), jnp.int32(3), 0 * MSE),
-    ):
-        value = head.log_prob(params, outputs, x[:, None])
-        gradients = jax.grad(lambda *args: head.log_prob(*args, x[:, None]).sum(), (0, 1))(params, outputs)
-        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradients)))
+    outputs = jnp.stack([jnp.zeros_like(x), *[extra] * (make().outputs - 1)], -1)[:, None]
+    value_and_gradients = jax.jit(
+        jax.value_and_grad(lambda sigma, *args: make(sigma).log_prob(*args, x[:, None]).sum(), (1, 2))
+    )
+    for sigma in (1e-4, 1.0, 100.0):
+        head = make(sigma)
+        for params in (
+            head.init(),
+            jax.tree.map(lambda p: p - 10.0, head.init()),
+            head.update(head.init(), jnp.int32(3), 0 * MSE),
+        ):
+            found = value_and_gradients(sigma, params, outputs)
+            assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("value", [-1e30, -1e3, 1e3, 1e30])
-def test_learned_sigmas_stay_in_their_range(value):
-    scalar, vector = likelihoods.learned_scalar(), likelihoods.learned_vector()
-    low, high = np.exp(likelihoods.LOG_STDDEV_RANGE)
+@pytest.mark.parametrize("options", [{}, {"floor": likelihoods.QUANTISATION_NOISE}, {"floor": 0.2}])
+def test_learned_sigmas_stay_in_their_range(value, options):
+    scalar, vector = likelihoods.learned_scalar(**options), likelihoods.learned_vector(**options)
+    low, high = options.get("floor", np.exp(-7.0)), np.exp(2.0)
     outputs = jnp.array([[[0.0, value]]])
     for stddev in (scalar.stddev({"log_stddev": jnp.array(value)}, outputs[..., :1]), vector.stddev({}, outputs)):
         np.testing.assert_allclose(stddev, low if value < 0 else high, rtol=1e-5)
+    assert scalar.floor == vector.floor == low
+
+
+@pytest.mark.parametrize("make", [HEADS[name] for name in ("ls", "lv", "optimal")], ids=("ls", "lv", "optimal"))
+def test_floors_bound_initial_and_closed_form_sigmas_and_leave_others_to_the_bit(make):
+    sigmas = [1e-30, 1e-4, 0.19, 0.35, 0.7, 4.0, 1e6]
+    outputs = jnp.zeros((1, 1, 2))
+    for sigma in sigmas:
+        for head in (make(sigma, floor=0.2), make(sigma)):
+            stddev = float(head.stddev(head.init(), outputs[..., : head.outputs])[0, 0])
+            assert head.floor * (1.0 - 1e-6) <= stddev <= np.exp(2.0) * (1.0 + 1e-6)
+            if 1.7 * head.floor < sigma < 4.2:
+                assert stddev == float(jnp.exp(jnp.log(jnp.float32(sigma))))
+    if make is likelihoods.optimal:
+        for mse, expected in ((0.0, 0.2), (0.25, 0.5)):
+            head = make(floor=0.2)
+            params = head.update(head.init(), jnp.int32(3), jnp.float32(mse))
+            np.testing.assert_allclose(head.stddev(params, outputs[..., :1]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [HEADS[name] for name in ("ls", "lv", "optimal")], ids=("ls", "lv", "optimal"))
+@pytest.mark.parametrize("floor", [0.0, -1.0, 2.8, float("nan"), float("inf")])
+def test_floor_must_be_positive_and_leave_room(make, floor):
+    with pytest.raises(ValueError, match="floor"):
+        make(floor=floor)
+
+
+def test_quantisation_noise_is_what_rounding_to_8_bits_takes_away():
+    x = np.random.default_rng(0).uniform(0.0, 1.0, 1_000_000)
+    np.testing.assert_allclose(likelihoods.QUANTISATION_NOISE, np.std(x - np.round(255.0 * x) / 255.0), rtol=2e-3)
 
 
 # Samplers
@@ -136,7 +182,7 @@ WRONG_SAMPLERS = {
 }
 
 
-@every_head
+@every_density
 def test_sampler_matches_the_density_and_wrong_ones_do_not(make):
     head = make(0.3)
     params, outputs = head.init(), outputs_for(head, 1, 2)
@@ -148,7 +194,7 @@ def test_sampler_matches_the_density_and_wrong_ones_do_not(make):
         assert standard_errors(check(wrong(draws, mean, stddev))).max() > 9.0, f"{name} passes for the head's own"
 
 
-@every_head
+@every_density
 def test_samples_are_gaussian_with_the_heads_moments_and_independent_noise(make):
     head, n = make(0.3), 20_000
     params, outputs = head.init(), outputs_for(head, 3, 2, 2)
@@ -161,7 +207,7 @@ def test_samples_are_gaussian_with_the_heads_moments_and_independent_noise(make)
     assert np.abs(correlations).max() < 4.5 / np.sqrt(n), "examples or dimensions share their noise"
 
 
-@every_head
+@every_density
 def test_sample_is_a_function_of_its_key(make):
     head = make(0.3)
     params, outputs = head.init(), outputs_for(head, 3, 2)
@@ -170,14 +216,228 @@ def test_sample_is_a_function_of_its_key(make):
     assert not jnp.any(first == other)
 
 
+# Discretised heads
+
+PIXELS = jnp.arange(256) / 255.0
+MEANS = (-0.5, 0.0, 0.2, 127.5 / 255.0, 0.7003, 1.0, 30.0)
+
+
+def probabilities(head, params, output):
+    """P of the 256 values of one pixel, given its decoder output [K]."""
+    return np.exp(np.float64(head.log_prob(params, jnp.tile(output, (256, 1, 1)), PIXELS[:, None])))
+
+
+def pixel_outputs(head, *shape):
+    """As `outputs_for`, with means on [0, 1], the ends included."""
+    outputs = outputs_for(head, *shape)
+    return outputs.at[..., 0].set(jnp.clip(0.5 + 0.4 * outputs[..., 0], 0.0, 1.0))
+
+
+@every_discretised
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sigma", [0.003, 0.03, 0.3, 2.0])
+def test_discretised_log_prob_is_the_log_of_scipys_masses_summed_over_the_data_dimensions(make, shape, sigma):
+    head = make(sigma)
+    params, outputs = head.init(), pixel_outputs(head, 5, *shape)
+    mean, stddev = np.float64(head.mean(params, outputs)), np.float64(head.stddev(params, outputs))
+    k = np.clip(np.round(255.0 * (mean + 2.0 * stddev * np.random.default_rng(0).normal(size=mean.shape))), 0, 255)
+    k[0] = np.resize([0, 255, 0], k[0].shape)
+    low = np.where(k == 0, -np.inf, (k - 0.5) / 255.0)
+    high = np.where(k == 255, np.inf, (k + 0.5) / 255.0)
+    # Mass and logarithm on the side of the mean where nothing cancels.
+    below = high < mean
+    mass = np.where(
+        below,
+        stats.norm.cdf(high, mean, stddev) - stats.norm.cdf(low, mean, stddev),
+        stats.norm.sf(low, mean, stddev) - stats.norm.sf(high, mean, stddev),
+    )
+    far = mass < 1e-300
+    ours = head.log_prob(params, outputs, jnp.float32(k / 255.0))
+    expected = np.log(np.where(far, 1.0, mass))
+    expected = expected.sum(tuple(range(1, k.ndim)))
+    judged = ~far.any(tuple(range(1, k.ndim)))  # test_gaussians has the far tails
+    assert judged[1:].all()
+    np.testing.assert_allclose(ours[judged], expected[judged], rtol=1e-5, atol=1e-5)
+    assert np.all(ours <= 0.0)
+
+
+@every_discretised
+@pytest.mark.parametrize("sigma", [1e-10, 1e-4, 0.001, 0.03, 0.3, 4.0, 100.0])
+def test_the_256_probabilities_sum_to_one(make, sigma):
+    head = make(sigma)
+    for mean in MEANS:
+        masses = probabilities(head, head.init(), jnp.array([mean, 0.3])[: head.outputs])
+        assert masses.max() <= 1.0
+        np.testing.assert_allclose(masses.sum(), 1.0, rtol=1e-6)
+
+
+@every_discretised
+def test_where_sigma_is_wide_a_probability_is_the_density_times_the_bin(make):
+    head, density = make(0.3), HEADS["f"](0.3)
+    outputs, x = pixel_outputs(head, 5, 3, 4, 1).at[..., 1:].set(0.0), jnp.full((5, 3, 4, 1), 100 / 255)
+    expected = density.log_prob(density.init(), outputs[..., :1], x) - 12 * np.log(255.0)
+    np.testing.assert_allclose(head.log_prob(head.init(), outputs, x), expected, atol=1e-4)
+
+
+@every_discretised
+def test_the_gradients_of_the_sum_of_the_probabilities_are_zero(make):
+    outputs = jnp.stack([jnp.array(MEANS[:-1]), jnp.full(len(MEANS) - 1, 0.3)], axis=-1)[:, None, : make().outputs]
+
+    def total(sigma, params, outputs):
+        x = jnp.tile(PIXELS, len(outputs))[:, None]
+        return jnp.exp(make(sigma).log_prob(params, outputs.repeat(256, axis=0), x)).sum()
+
+    gradient = jax.jit(jax.grad(total, (1, 2)))
+    for sigma in (0.002, 0.1, 1.0):
+        of_params, of_outputs = gradient(sigma, make(sigma).init(), outputs)
+        np.testing.assert_allclose(sigma * of_outputs[..., 0], 0.0, atol=2e-5)
+        for of_log_sigma in (of_outputs[..., 1:], *jax.tree.leaves(of_params)):
+            np.testing.assert_allclose(of_log_sigma, 0.0, atol=2e-5)
+
+
+# The draws of a sampler of 8-bit values, made wrong.
+WRONG_PIXELS = {
+    "too wide": lambda draw, mean: mean + 1.1 * (draw - mean),
+    "too narrow": lambda draw, mean: mean + 0.9 * (draw - mean),
+    "shifted by half a step": lambda draw, mean: draw + 0.5 / 255.0,
+    "rounded down": lambda draw, mean: jnp.floor(255.0 * draw) / 255.0,
+    "not clipped but wrapped": lambda draw, mean: draw % (256.0 / 255.0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("mean", [0.02, 0.6, 0.99])
+def test_discretised_sampler_matches_the_probabilities_and_wrong_ones_do_not(name, mean):
+    gaussian, n = HEADS[name](0.02), 100_000
+    head = likelihoods.discretised(gaussian)
+    params, output = head.init(), jnp.array([mean, 0.3])[: head.outputs]
+    outputs = jnp.tile(output, (n, 1, 1))
+    expected = n * probabilities(head, params, output)
+    common = expected > 5.0
+
+    def p_value(draws):
+        counts = np.bincount(np.clip(np.round(255.0 * np.float64(draws[:, 0])), 0, 255).astype(int), minlength=256)
+        rest = counts[~common].sum(), expected[~common].sum()
+        pairs = np.array([*zip(counts[common], expected[common], strict=True), rest])
+        return stats.chisquare(*pairs.T, sum_check=False).pvalue
+
+    draws = head.sample(KEY, params, outputs)
+    np.testing.assert_array_equal(draws, jnp.clip(jnp.round(255.0 * draws), 0.0, 255.0) / 255.0)
+    assert p_value(draws) > 1e-3
+    for wrong_name, wrong in WRONG_PIXELS.items():
+        if wrong_name == "not clipped but wrapped" and mean == 0.6:  # 15 sigma from either end
+            continue
+        wrong_draws = wrong(gaussian.sample(KEY, params, outputs), mean)
+        assert p_value(wrong_draws) < 1e-9, f"{wrong_name} passes for the head's own"
+
+
+@every_discretised
+def test_the_expected_score_of_the_discretised_samplers_draws_is_zero_and_of_shifted_ones_is_not(make):
+    head = make(0.02)
+    params, outputs = head.init(), pixel_outputs(head, 1, 2)
+    draws = jax.vmap(lambda key: head.sample(key, params, outputs))(jax.random.split(KEY, 4_000))
+    score = jax.jit(
+        jax.vmap(lambda x: ravel_pytree(jax.grad(lambda *a: head.log_prob(*a, x)[0], (0, 1))(params, outputs))[0])
+    )
+    assert standard_errors(score(draws)).max() < 4.5
+    assert standard_errors(score(jnp.clip(draws + 1 / 255, 0.0, 1.0))).max() > 9.0
+    first, again, other = (head.sample(jax.random.key(seed), params, outputs) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert jnp.any(first != other)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("sigma", [0.003, 1.0])
+def test_discretised_gradients_of_log_sigma_are_differences_in_sigma_and_zero_where_it_is_given(name, sigma):
+    head = likelihoods.discretised(HEADS[name](sigma))
+    outputs = pixel_outputs(head, 5, 3, 4, 1).at[..., 1:].set(0.0)
+    x = (
+        jnp.clip(jnp.round(255.0 * (outputs[..., 0] + 2.0 * sigma * jax.random.normal(KEY, (5, 3, 4, 1)))), 0, 255)
+        / 255
+    )
+    gradient = jax.jit(lambda *args: gradient_of_log_sigma(head, *args))(head.init(), outputs, x)
+    if name in ("f", "optimal"):
+        assert gradient == 0.0
+        return
+    mean, step = np.float64(outputs[..., 0]), 1e-5
+
+    def log_prob(sigma):
+        k = np.round(255.0 * np.float64(x))
+        low, high = np.where(k == 0, -np.inf, (k - 0.5) / 255), np.where(k == 255, np.inf, (k + 0.5) / 255)
+        return np.log(stats.norm.cdf(high, mean, sigma) - stats.norm.cdf(low, mean, sigma)).sum()
+
+    difference = (log_prob(sigma * np.exp(step)) - log_prob(sigma * np.exp(-step))) / (2.0 * step)
+    np.testing.assert_allclose(gradient, difference, rtol=1e-4, atol=1e-3)
+
+
+def test_discretised_heads_keep_everything_else():
+    head = likelihoods.learned_vector(0.3, floor=0.01)
+    other = likelihoods.discretised(head)
+    assert other._replace(mean=head.mean, log_prob=head.log_prob, sample=head.sample) == head
+
+
+@every_discretised
+def test_a_discretised_mean_is_a_pixel_s_and_its_probabilities_are_those_of_the_mean_wherever_it_lies(make):
+    head = make(0.4)
+    centres = np.float32([-3.0, -0.2, 0.0, 0.3, 1.0, 1.2, 3.0])[:, None]
+    outputs = jnp.zeros((7, 1, head.outputs)).at[..., 0].set(centres)
+    params = head.init()
+    np.testing.assert_array_equal(head.mean(params, outputs), np.clip(centres, 0.0, 1.0))
+    first, last = (head.log_prob(params, outputs, jnp.full((7, 1), x)) for x in (0.0, 1.0))
+    np.testing.assert_allclose(first, stats.norm.logcdf(0.5 / 255.0, centres[:, 0], 0.4), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(last, stats.norm.logsf(254.5 / 255.0, centres[:, 0], 0.4), rtol=1e-4, atol=1e-6)
+    draws = np.asarray(head.sample(KEY, params, jnp.broadcast_to(outputs[:1], (1000, 1, head.outputs))))
+    assert (draws == 0.0).all(), "as a mean of -3 has them"
+
+
+def test_values_off_the_grid_count_as_the_nearest():
+    head = likelihoods.discretised(likelihoods.fixed(0.05))
+    x, nearest = (
+        jnp.array(
+            [
+                [-0.3],
+                [
+                    0.4,
+                ],
+                [0.4005],
+                [1.2],
+            ]
+        ),
+        jnp.array([[0.0], [102 / 255], [102 / 255], [1.0]]),
+    )
+    outputs = jnp.full((4, 1, 1), 0.45)
+    np.testing.assert_array_equal(head.log_prob(head.init(), outputs, x), head.log_prob(head.init(), outputs, nearest))
+
+
 # Where sigma comes from
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), 1e-50])
 @every_head
-def test_sigma_must_be_a_positive_number(make, bad):
-    with pytest.raises(ValueError, match="sigma"):
-        make(bad)
+def test_sigma_must_be_a_positive_number_of_float32(make, bad):
+    for value in (bad, np.float64(bad), jnp.float32(bad)):
+        with pytest.raises(ValueError, match="sigma"):
+            make(value)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_sigmas_of_schedules_must_be_positive(bad):
+    for make in (
+        lambda: likelihoods.constant(bad),
+        lambda: likelihoods.geometric(bad, 0.1, 10),
+        lambda: likelihoods.geometric(1.0, bad, 10),
+        lambda: likelihoods.replay(jnp.array([1.0, bad, 0.5])),
+    ):
+        with pytest.raises(ValueError, match="sigma"):
+            make()
+    with pytest.raises(ValueError, match="num_steps"):
+        likelihoods.geometric(1.0, 0.1, 0)
+
+
+@every_head
+def test_traced_sigmas_are_left_to_the_caller(make):
+    values = jax.jit(lambda sigma: make(sigma).stddev(make(sigma).init(), jnp.zeros((1, 1, make().outputs))))
+    assert jnp.isfinite(values(jnp.float32(0.3))).all()
 
 
 @pytest.mark.parametrize("make", [*HEADS.values(), lambda sigma: likelihoods.fixed(lambda step: sigma / (1.0 + step))])
@@ -201,7 +461,7 @@ def gradient_of_log_sigma(head, params, outputs, x):
     return sum(leaf.sum() for leaf in jax.tree.leaves(of_params)) + of_outputs[..., 1:].sum()
 
 
-@every_head
+@every_density
 @pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 2.0])
 def test_gradients_reach_sigma_only_where_it_is_learned(make, sigma):
     head = make(sigma)
@@ -255,18 +515,16 @@ def test_scalar_heads_of_one_sigma_are_one_density(make, sigma):
 
 @every_head
 def test_a_vmapped_sweep_is_the_loop_over_sigma(make):
-    sigmas = jnp.geomspace(0.01, 1.0, 5)
+    sigmas = jnp.geomspace(0.01, 1.0, 3)
     outputs, x = outputs_for(make(), 4, 2), jax.random.normal(KEY, (4, 2))
 
     def value_and_gradient(sigma):
         head = make(sigma)
         return jax.value_and_grad(lambda *args: head.log_prob(*args, x).sum(), (0, 1))(head.init(), outputs)
 
-    loop = [value_and_gradient(float(sigma)) for sigma in sigmas]
-    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), jax.vmap(value_and_gradient)(sigmas), expected
-    )
+    alone, together = jax.jit(value_and_gradient), jax.jit(jax.vmap(value_and_gradient))
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(alone, sigmas))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), together(sigmas), expected)
 
 
 # Schedules

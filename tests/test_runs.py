@@ -95,6 +95,7 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     assert runs.Checkpoints(tmp_path, "lv").restore(tree()) is None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads fail unawaited
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
     with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):

@@ -13,30 +13,30 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 import pytest
 
-from experiments import loop, sigma_sweep
-from lvae_jax import datasets, evaluation, runs
+from experiments import command, loop, report, sigma_sweep
+from lvae_jax import datasets, evaluation, images, likelihoods, networks, runs, toy
+from lvae_jax import vae as vae_lib
 
 ROOT = Path(__file__).parents[1]
-ALL = ("f", "ls", "lv", "optimal", "f_star", "replay")
-SMALL = sigma_sweep.Config(num_steps=40, num_seeds=2, batch_size=20)
+ALL = ("f", "ls", "lv", "optimal", "f_star", "replay", "geometric", "kl_warmup")
+SMALL = sigma_sweep.Config(num_steps=40, num_seeds=2, batch_size=20, widths=(32,), num_blocks=1)
+SMALL_FLAGS = ("--num_steps=40", "--batch_size=20", "--widths=32", "--num_blocks=1")
 NUMBERS = ("sigma", "num_seeds", "elbo", "elbo_sd", "elbo_paper", "log_likelihood", "kl", "mse")
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "experiments.sigma_sweep", *arguments]
-
-
 def run_command(*arguments):
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "experiments.sigma_sweep", *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def sweep(config, run_dir, **options):
     return sigma_sweep.run(config, run_dir=str(run_dir), echo=lambda line: None, **options)
 
 
-TOY_FLAGS = ("--sigma=1,0.1", f"--variants={','.join(ALL)}", "--num_steps=40", "--num_seeds=2", "--batch_size=20")
+TOY_FLAGS = ("--sigma=1,0.1", f"--variants={','.join(ALL)}", "--num_seeds=2", *SMALL_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +65,54 @@ def test_the_command_compares_all_variants(toy_run):
     for name in ("samples", "losses", "sigma", "elbo"):
         assert (run_dir / "figures" / f"{name}.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == (2 + 5) * 2 * 40
+    assert len(lines) == (2 + 7) * 2 * 40
     assert {*evaluation.Scores._fields, "gradient_norm", "seed", "step"} <= set(lines[0])
 
 
-def test_f_star_and_replay_follow_the_ls_run_of_their_seed(toy_run):
+def test_those_that_follow_an_ls_run_follow_that_of_their_seed(toy_run):
     run_dir, _ = toy_run
     members = json.loads((run_dir / "summary.json").read_text())["members"]
     record = np.load(run_dir / "ls_sigma.npy")
     assert record.shape == (2, 41)
     assert np.isfinite(record).all()
     assert (record[:, 0] == 1.0).all()
-    final = {
-        variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", "f_star", "replay")
-    }
+    final = {variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", *report.FOLLOWING)}
     np.testing.assert_allclose(final["ls"], record[:, -1], rtol=1e-6)
-    np.testing.assert_allclose(final["f_star"], final["ls"], rtol=1e-6)
-    np.testing.assert_allclose(final["replay"], final["ls"], rtol=1e-6)
+    for variant in report.FOLLOWING:
+        np.testing.assert_allclose(final[variant], final["ls"], rtol=1e-6)
     assert final["ls"][0] != final["ls"][1]
     lines = runs.read_metrics(run_dir)
     learned, replayed = ([line["sigma_max"] for line in lines if line["group"] == group] for group in ("ls", "replay"))
     np.testing.assert_allclose(replayed, learned, rtol=1e-5)
+    annealed = np.array([line["sigma_max"] for line in lines if line["group"] == "geometric" and line["member"] == 1])
+    half_way = np.minimum(np.arange(40) / 20.0, 1.0)
+    np.testing.assert_allclose(annealed, record[1, -1] ** half_way, rtol=1e-5)
+
+
+def test_a_kl_warmed_up_is_larger_and_its_elbo_is_still_one(toy_run):
+    run_dir, _ = toy_run
+    lines = runs.read_metrics(run_dir)
+    warmed, constant = ([line for line in lines if line["group"] == group] for group in ("kl_warmup", "f_star"))
+    assert warmed[0] == constant[0] | {"group": "kl_warmup", "gradient_norm": warmed[0]["gradient_norm"]}, "one start"
+    assert np.mean([line["kl"] for line in warmed]) > 1.05 * np.mean([line["kl"] for line in constant])
+    for line in warmed:
+        assert line["elbo"] == pytest.approx(line["log_likelihood"] - line["kl"], abs=1e-4)
+
+
+def test_the_measures_of_the_toy_know_copies_and_the_bare_curve(toy_run):
+    test = jnp.asarray(datasets.load("toy").test)
+    x, bare = test[:1000], toy.curve(toy.nearest(test[:1000]))
+    copied, denoised = (sigma_sweep.toy_measures(*map(np.asarray, (r, test, x, test))) for r in (x, bare))
+    assert copied["noise_kept"] == pytest.approx(1.0, abs=1e-6)
+    assert denoised["noise_kept"] == pytest.approx(0.0, abs=1e-3)
+    noise = np.sqrt(np.mean(np.sum((np.asarray(x) - np.asarray(bare)) ** 2, axis=-1)))
+    assert copied["curve_distance"] == pytest.approx(noise, rel=1e-4)
+    assert denoised["curve_distance"] < 1e-5
+    assert copied["sliced_wasserstein"] == 0.0
+    np.testing.assert_allclose(copied["band_widths"], toy.NOISE, rtol=0.05)
+    summary = json.loads((toy_run[0] / "summary.json").read_text())
+    assert summary["true_measures"]["sliced_wasserstein"] > 0.0, "of other points"
+    assert summary["true_measures"].keys() <= summary["members"][0].keys()
 
 
 def test_a_finished_run_is_only_reported_again(toy_run):
@@ -118,7 +145,7 @@ def test_sigma_comes_from_another_run(toy_run, tmp_path):
 )
 def test_a_sigma_that_does_not_fit_is_refused(toy_run, tmp_path, change, message):
     config = SMALL._replace(variants=("replay",), sigma_from=str(toy_run[0]))._replace(**change)
-    with pytest.raises(sigma_sweep.UsageError, match=message):
+    with pytest.raises(command.UsageError, match=message):
         sweep(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -162,7 +189,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(tmp_path):
     for file in shards:
         os.truncate(file, file.stat().st_size // 2)
     before = {file: file.stat().st_size for file in shards}
-    result = run_command("--variants=f", "--num_steps=40", "--num_seeds=1", "--batch_size=20", f"--run_dir={tmp_path}")
+    result = run_command("--variants=f", "--num_seeds=1", *SMALL_FLAGS, f"--run_dir={tmp_path}")
     assert result.returncode != 0
     assert "damaged or of another shape: delete" in result.stderr
     assert len(result.stderr.splitlines()) == 1, "before any work, the progress bar included"
@@ -171,14 +198,14 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(tmp_path):
 
 @pytest.mark.parametrize("rate", [1e30, float("inf")])
 def test_divergence_is_an_error_not_a_row(tmp_path, monkeypatch, rate):
-    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: optax.sgd(rate))
+    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps, **schedule: optax.sgd(rate))
     with pytest.raises(runs.RunError, match="diverged"):
         sweep(SMALL._replace(variants=("f",)), tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_divergence_in_the_last_step_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps: optax.sgd(float("inf")))
+    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps, **schedule: optax.sgd(float("inf")))
     with pytest.raises(runs.RunError, match="diverged in its last steps"):
         sweep(SMALL._replace(variants=("f",), num_steps=1), tmp_path)
 
@@ -212,13 +239,27 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
 
+def test_options_of_training_reach_the_result(tmp_path):
+    plain = SMALL._replace(variants=("ls",), num_seeds=1)
+    options = {"learning_rate": 1e-2, "clip_norm": 1e-2, "warmup_steps": 30, "ema_decay": 0.9}
+    options |= {"bfloat16": True, "num_blocks": 2}
+    results = [
+        sweep(plain._replace(**option), tmp_path / name)
+        for name, option in {"plain": {}, **{name: {name: value} for name, value in options.items()}}.items()
+    ]
+    assert len({result["rows"][0]["elbo"] for result in results}) == 1 + len(options)
+    weights = [result["weights"] for result in results]
+    assert weights == ["ema" if name == "ema_decay" else "params" for name in ("plain", *options)]
+
+
 def test_images_train_on_the_train_split_and_are_judged_on_the_test_split(tmp_path, monkeypatch):
     """With three members, one after another, interrupted and resumed."""
     black, white = np.zeros((30, 8, 8, 1), np.uint8), np.full((23, 8, 8, 1), 255, np.uint8)
-    monkeypatch.setattr(datasets, "check_name", lambda name, data_dir: None)
+    monkeypatch.setattr(datasets, "check", lambda name, **options: None)
     monkeypatch.setattr(datasets, "load", lambda name, **options: datasets.image_dataset(black, white))
-    config = sigma_sweep.Config(
-        dataset="fake", variants=("f", "lv"), num_seeds=2, num_steps=20, batch_size=8, latent_size=2, sigma=(0.5,)
+    config = sigma_sweep.configure(
+        **{"dataset": "fake", "variants": ("f", "lv"), "sigma": (0.5,), "num_seeds": 2, "num_steps": 20},
+        **{"batch_size": 8, "latent_size": 2, "widths": (16,), "num_blocks": 1},
     )
     whole = sweep(config, tmp_path / "whole")
     assert whole["num_test_examples"] == 23
@@ -243,13 +284,74 @@ def test_images_train_on_the_train_split_and_are_judged_on_the_test_split(tmp_pa
     assert sweep(config, tmp_path / "resumed")["members"] == whole["members"]
 
 
+def test_celeba_end_to_end_on_fakes(tmp_path):
+    flags = ("--dataset=celeb_a", "--fake_data", "--image_size=8", "--dequantize", "--flip")
+    small = (
+        "--variants=lv",
+        "--num_steps=2",
+        "--num_seeds=1",
+        "--batch_size=16",
+        "--latent_size=2",
+        "--num_blocks=1",
+        f"--run_dir={tmp_path / 'run'}",
+    )
+    result = run_command(*flags, *small)
+    assert result.returncode == 0, result.stderr
+    recorded = json.loads((tmp_path / "run" / "flags.json").read_text())
+    options = ("dataset", "fake_data", "image_size", "dequantize", "flip")
+    assert [recorded[name] for name in options] == ["celeb_a", True, 8, True, True]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["num_test_examples"], summary["num_dimensions"]) == (128, 192)
+
+
+def test_celeba_from_a_folder_reaches_the_sweep(tmp_path):
+    """Black training images, white test images."""
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    for number, colour in ((1, "black"), (162770, "black"), (182637, "grey"), (182638, "white"), (202599, "white")):
+        PIL.Image.new("RGB", (178, 218), colour).save(folder / f"{number:06}.jpg")
+    config = sigma_sweep.configure(
+        dataset="celeb_a", variants=("f",), num_seeds=1, num_steps=2, batch_size=2, latent_size=2, image_size=8
+    )
+    summary = sweep(config, tmp_path / "run", data_dir=str(tmp_path / "data"), celeba_dir=str(folder))
+    assert summary["num_test_examples"] == 2
+    assert summary["rows"][0]["mse"] == pytest.approx(1.0, abs=0.05)
+    assert summary["members"][0]["sigma"] == 0.1
+    assert runs.read_metrics(tmp_path / "run")[0]["mse"] < 0.01
+
+
+def test_celebas_images_have_64_pixels_a_side_unless_told_otherwise():
+    assert sigma_sweep.configure(dataset="celeb_a").image_size == 64
+    assert sigma_sweep.configure(dataset="celeb_a", image_size=32).image_size == 32
+    assert sigma_sweep.configure(dataset="mnist").image_size is None
+
+
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_held_out_images_are_dequantised_as_those_of_training(dequantized):
+    """Black images under a decoder that says black: all that is left is the noise, of mean square 1 / (3 256^2)."""
+    black = np.zeros((50, 8, 8, 1), np.uint8)
+    dataset = datasets.image_dataset(black, black, dequantized=dequantized)
+
+    def make_vae(sigma):
+        encoder = networks.Network(lambda key: {}, lambda params, x: (jnp.zeros((len(x), 1)), jnp.zeros((len(x), 1))))
+        decoder = networks.Network(lambda key: {}, lambda params, z: jnp.zeros((len(z), 8, 8, 1, 1)))
+        return vae_lib.VAE(encoder, decoder, likelihoods.fixed(sigma), 1)
+
+    programs = loop.compile_programs(dataset, make_vae, num_steps=1, beta=1.0)
+    seeds, sigmas = np.arange(2, dtype=np.int32), np.ones(2)
+    scores, _ = programs.examine(seeds, sigmas, programs.init(seeds, sigmas), black, np.arange(50))
+    expected = 1 / 3 / 256**2 if dequantized else 0.0
+    assert np.mean(scores.mse) == pytest.approx(expected, rel=0.05)
+    assert len(np.unique(scores.mse)) == (100 if dequantized else 1), "noise of its own for each image and seed"
+
+
 BAD = {
     "--sigma=0": "positive",
     "--sigma=-1": "positive",
     "--sigma=1e-300": "positive",
     "--sigma=nan": "positive",
     "--sigma=inf": "positive",
-    "--sigma=small": "positive number",
+    "--sigma=small": "must be a number",
     "--sigma=0.1,0.1": "only once",
     "--variants=f,vq": "unknown 'vq'",
     "--variants=f,f": "only once",
@@ -259,6 +361,10 @@ BAD = {
     "--dataset=nonesuch": "unknown data set",
     "--dataset=imdb_reviews": "no 8-bit `image`",
     "--dataset=mnist:9.9.9": "unknown data set",
+    "--dataset=celeb_a --image_size=149": "from 8 to 148",
+    "--dataset=celeb_a --celeba_dir=nowhere": "give the folder that holds 000001.jpg",
+    "--dataset=mnist --celeba_dir=.": "--celeba_dir is for CelebA",
+    "--flip": "--flip is for images",
     "--sigma_from=nowhere --variants=replay": "no finished run",
     "--run_dir=/dev/null/run": "cannot be written",
     "--num_seeds=0": "at least 1",
@@ -269,6 +375,18 @@ BAD = {
     "--seed=2147483647": "from 0",
     "--beta=-1": "beta",
     "--beta=nan": "beta",
+    "--widths=200,100": "one positive number",
+    "--widths=": "positive number",
+    "--widths=wide": "whole number",
+    "--dataset=mnist --widths=32,0": "positive numbers",
+    "--num_blocks=0": "at least 1",
+    "--learning_rate=0": "positive",
+    "--clip_norm=0": "positive",
+    "--warmup_steps=3000": "num_steps - 1",
+    "--ema_decay=1": "below 1",
+    "--process_id=0": "all three",
+    "--coordinator_address=localhost:1 --num_processes=2 --process_id=2": "from 0 to num_processes - 1 = 1",
+    "--distributed": "give --coordinator_address",
     "--no_such_flag": "no_such_flag",
     "stray": "unexpected argument",
 }
@@ -296,15 +414,15 @@ def test_a_directory_of_other_flags_is_refused(toy_run):
 
 def test_help_lists_every_flag():
     result = run_command("--help")
-    for name in (*sigma_sweep.Config._fields, "run_dir", "data_dir", "manual_dir"):
+    for name in (*sigma_sweep.Config._fields, "run_dir", "data_dir", "manual_dir", "celeba_dir"):
         assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
     assert "python -m experiments.sigma_sweep --sigma=0.1" in result.stdout
 
 
 def test_the_same_flags_name_the_same_directory():
-    config = SMALL
-    assert sigma_sweep.default_run_dir(config) == sigma_sweep.default_run_dir(config)
-    assert sigma_sweep.default_run_dir(config) != sigma_sweep.default_run_dir(config._replace(seed=1))
+    path = command.run_path(SMALL._asdict(), "toy", None)
+    assert path == command.run_path(SMALL._asdict(), "toy", None)
+    assert path != command.run_path(SMALL._replace(seed=1)._asdict(), "toy", None)
 
 
 @pytest.fixture(scope="session")
@@ -331,14 +449,36 @@ def test_mnist_is_the_real_one(mnist_dir):
 
 
 @prepares
+def test_labels_are_those_of_the_images(mnist_dir, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    mnist, labels = datasets.load("mnist", data_dir=mnist_dir), images.tfds_labels("mnist", data_dir=mnist_dir)
+    builder = tfds.builder("mnist", data_dir=mnist_dir, file_format="array_record")
+    for array, of_split, split in zip((mnist.train, mnist.test), labels, ("train", "test"), strict=True):
+        assert of_split.dtype == np.int32
+        examples = list(builder.as_data_source(split=split))
+        np.testing.assert_array_equal(of_split, [example["label"] for example in examples])
+        np.testing.assert_array_equal(array, [example["image"] for example in examples])
+    # How often each digit is known to be there.
+    assert np.bincount(labels[0]).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(labels[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    monkeypatch.setattr(images, "_examples", None)
+    again = images.tfds_labels("mnist", data_dir=mnist_dir)
+    np.testing.assert_array_equal(again[0], labels[0])
+    assert isinstance(again[1], np.memmap), "read once, mapped from then on"
+
+
+@prepares
 def test_reading_prepared_images_needs_no_tensorflow(mnist_dir, tmp_path):
     shutil.copytree(Path(mnist_dir, "mnist"), tmp_path / "mnist", ignore=shutil.ignore_patterns("*.npy"))
     code = (
         "import sys; from lvae_jax import datasets; "
-        f"print(datasets.load('mnist', data_dir={str(tmp_path)!r}).test.shape, 'tensorflow' in sys.modules)"
+        "from lvae_jax import images; "
+        f"print(datasets.load('mnist', data_dir={str(tmp_path)!r}).test.shape, "
+        f"images.tfds_labels('mnist', data_dir={str(tmp_path)!r})[1].shape, 'tensorflow' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.strip() == "(10000, 28, 28, 1) False", result.stderr
+    assert result.stdout.strip() == "(10000, 28, 28, 1) (10000,) False", result.stderr
 
 
 @prepares

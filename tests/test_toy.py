@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, stats
+from scipy.spatial import cKDTree
 
 from lvae_jax import toy
 
@@ -129,3 +130,49 @@ def test_critical_sigma_is_the_documented_one(points):
     critical = np.sqrt(np.linalg.eigvalsh(np.cov(np.float64(points).T))[-1])
     np.testing.assert_allclose(critical, np.sqrt(np.pi**2 / 3.0 + np.mean(np.square(NOISE))), rtol=5e-3)
     np.testing.assert_allclose(critical, 1.81, atol=0.01)
+
+
+def test_the_nearest_point_of_the_curve_is_the_nearest():
+    x = np.random.default_rng(0).uniform([-4.0, -2.0], [4.0, 2.0], (500, 2)).astype(np.float32)
+    u = np.float64(toy.nearest(jnp.asarray(x)))
+    assert np.abs(u).max() <= 1.0
+    distance = np.linalg.norm(x - curve(u), axis=-1)
+    best = np.min(np.linalg.norm(x[:, None] - curve(np.linspace(-1.0, 1.0, 20_001))[None], axis=-1), axis=1)
+    np.testing.assert_allclose(distance, best, atol=2e-6)
+
+
+def test_the_nearest_point_at_a_centre_of_curvature_is_found_too():
+    # The circle that touches y = cos x at (0, 1) has radius 1: from its centre the distance has no curvature.
+    np.testing.assert_allclose(toy.nearest(jnp.array([[0.0, 0.0]])), 0.0, atol=2e-2)
+
+
+def test_offsets_undo_displacements_along_the_normal():
+    u = np.linspace(-0.95, 0.95, 200)
+    slope = -np.sin(np.pi * u)
+    normal = np.stack([-slope, np.ones_like(u)], -1) / np.sqrt(1.0 + slope**2)[:, None]
+    shift = np.random.default_rng(1).uniform(-0.08, 0.08, 200)  # within the smallest radius of curvature
+    x = jnp.asarray(curve(u) + shift[:, None] * normal, jnp.float32)
+    np.testing.assert_allclose(toy.nearest(x), u, atol=1e-5)
+    np.testing.assert_allclose(toy.offset(x, jnp.asarray(u, jnp.float32)), shift, atol=2e-6)
+    for part in (1.0, 0.5, 0.0, -0.25):
+        kept = jnp.asarray(curve(u) + part * shift[:, None] * normal, jnp.float32)
+        np.testing.assert_allclose(toy.noise_kept(kept, x), part, atol=1e-4)
+        along = kept + 0.3 * jnp.asarray(np.stack([normal[:, 1], -normal[:, 0]], -1), jnp.float32)
+        np.testing.assert_allclose(toy.noise_kept(along, x), part, atol=1e-4, err_msg="moved along the tangent")
+
+
+def test_the_band_of_true_points_has_the_true_noise(points):
+    x = np.float64(points[:20_000])
+    dense = np.linspace(-1.0, 1.0, 40_001)
+    distance, u = cKDTree(curve(dense)).query(x)
+    region = np.digitize(dense[u], THIRDS[1:3])
+    widths = toy.band_widths(points[:20_000])
+    np.testing.assert_allclose(
+        widths, [np.quantile(distance[region == index], 0.6827) for index in range(3)], rtol=1e-3
+    )
+    # Some points of the wide regions lie nearest to the narrow one.
+    np.testing.assert_allclose(widths, NOISE, rtol=0.05)
+    wide = toy.curve(jnp.linspace(-0.3, 0.3, 50)) + jnp.array([[0.0, 0.4]])
+    widths = toy.band_widths(wide)
+    assert widths[0] == widths[2] == 0.0, "a region without points"
+    assert widths[1] > 0.2

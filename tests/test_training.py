@@ -83,12 +83,76 @@ def test_first_step_is_adam_on_the_clipped_gradient_of_the_mean_negative_elbo():
     assert after.step == 1
 
 
+def test_without_options_the_optimizer_is_the_plain_one_to_the_bit():
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, 7)))
+    ours = training.optimizer(7)
+    params = {"decoder": jnp.ones(5), "likelihood": {"log_stddev": jnp.zeros(())}}
+    states = plain.init(params), ours.init(params)
+    for step in range(7):
+        noise = jax.random.normal(jax.random.key(step), (6,))
+        gradients = {"decoder": noise[:5], "likelihood": {"log_stddev": noise[5]}}
+        (left, plain_state), (right, state) = plain.update(gradients, states[0]), ours.update(gradients, states[1])
+        np.testing.assert_array_equal(left["decoder"], right["decoder"])
+        states = plain_state, state
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4])
+def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps):
+    num_steps, rate = 10, 0.1
+    optimizer = training.optimizer(num_steps, learning_rate=rate, warmup_steps=warmup_steps, clip_norm=1e9)
+    params = {"decoder": jnp.zeros(()), "likelihood": {}}
+    state, seen = optimizer.init(params), []
+    for _ in range(num_steps):
+        # Under a constant gradient Adam's step is the learning rate.
+        updates, state = optimizer.update({"decoder": jnp.float32(3.0), "likelihood": {}}, state, params)
+        seen.append(-updates["decoder"])
+    step = np.arange(num_steps)
+    cosine = 0.5 * (1 + np.cos(np.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
+    expected = rate * np.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("head", "sigma"),
+    [
+        (likelihoods.learned_scalar, 1.0),
+        (likelihoods.fixed, 0.3),
+        (likelihoods.fixed, likelihoods.geometric(1.0, 0.1, 4)),
+        (likelihoods.optimal, 1.0),
+    ],
+)
+def test_the_average_of_the_weights(head, sigma):
+    vae, optimizer = make_vae(sigma, head), training.optimizer(10)
+    state = training.init(jax.random.key(0), vae, optimizer, ema_decay=0.4)
+    alone = training.init(jax.random.key(0), vae, optimizer)
+    step = functools.partial(training.train_step, vae=vae, optimizer=optimizer, x=points(), index=INDEX)
+    averaging, step = jax.jit(functools.partial(step, ema_decay=0.4)), jax.jit(step)
+    expected = jax.tree.map(np.asarray, state.params)
+    assert_close(state.weights, expected, rtol=0)
+    for index in range(10):
+        state, _ = averaging(jax.random.key(index), state=state)
+        alone, _ = step(jax.random.key(index), state=alone)
+        decay = min(0.4, (index + 1) / (index + 10))  # 0.4 from the sixth step on
+        expected = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), expected, state.params)
+        assert_close(state.params, alone.params, rtol=1e-5, atol=1e-6)
+    for part in ("encoder", "decoder"):
+        assert_close(state.weights[part], expected[part], rtol=1e-4, atol=1e-6)
+    assert alone.ema is None
+    assert alone.weights is alone.params
+    average = state.weights["likelihood"]["log_stddev"]
+    if head is likelihoods.learned_scalar:
+        np.testing.assert_allclose(average, expected["likelihood"]["log_stddev"], rtol=1e-4)
+        assert average != state.params["likelihood"]["log_stddev"]
+    else:
+        np.testing.assert_array_equal(average, state.params["likelihood"]["log_stddev"])
+
+
 def test_metrics_are_those_of_the_parameters_before_the_step():
     vae, x, key = make_vae(0.5), points(), jax.random.key(7)
     optimizer = training.optimizer(10)
     state = training.init(jax.random.key(0), vae, optimizer)
     _, metrics = training.train_step(key, vae, optimizer, state, x, INDEX)
-    terms = vae_lib.elbo(vae_lib.example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
+    terms = vae_lib.elbo(datasets.example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
     np.testing.assert_allclose(metrics.scores.elbo, np.mean(terms.log_likelihood - terms.kl), rtol=1e-5)
     np.testing.assert_allclose(metrics.scores.mse, np.mean((x - terms.mean) ** 2), rtol=1e-5)
     np.testing.assert_allclose(metrics.scores.sigma_max, 0.5, rtol=1e-6)
@@ -139,6 +203,25 @@ def test_beta_weighs_the_kl_in_training_only():
         return float(terms.kl.mean())
 
     assert kl(0.1) > 1.2 * kl(1.0) > 1.44 * kl(10.0)
+
+
+def test_beta_may_be_a_function_of_the_step():
+    vae, optimizer = make_vae(0.3), training.optimizer(10)
+
+    def three_steps(beta_at):
+        state = training.init(jax.random.key(0), vae, optimizer)
+        for index in range(3):
+            key = jax.random.key(index)
+            state, _ = training.train_step(key, vae, optimizer, state, points(index), INDEX, beta=beta_at(index))
+        return state.params
+
+    def ramp(step):
+        return 5.0 * step
+
+    by_number, by_step = three_steps(lambda index: 5.0 * index), three_steps(lambda index: ramp)
+    assert_close(by_step, by_number, rtol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(by_step, three_steps(lambda index: 0.0), rtol=1e-6)
 
 
 def test_a_vmapped_sweep_equals_its_members_alone():
@@ -229,6 +312,24 @@ def test_a_share_of_the_batch_draws_its_own_noise():
         for part in (slice(half), slice(half, None))
     ]
     np.testing.assert_allclose(np.mean([share.scores.elbo for share in shares]), whole.scores.elbo, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.optimal])
+def test_mapped_shares_of_the_batch_make_the_step_of_the_whole(head):
+    vae, optimizer, x, key = make_vae(0.5, head), training.optimizer(10, clip_norm=0.1), points(), jax.random.key(7)
+    state = training.init(jax.random.key(0), vae, optimizer)
+    whole = training.train_step(key, vae, optimizer, state, x, INDEX)
+    step = functools.partial(training.train_step, key, vae, optimizer, axis_name="shares")
+    mapped = jax.vmap(step, in_axes=(None, 0, 0), axis_name="shares")(
+        state, x.reshape(4, BATCH // 4, 2), INDEX.reshape(4, BATCH // 4)
+    )
+    for share in range(4):
+        metrics = jax.tree.map(lambda leaf, share=share: leaf[share], mapped[1])
+        assert_close(metrics, whole[1], rtol=1e-5)
+    after = jax.tree.map(lambda leaf: leaf[2], mapped[0].params)
+    assert_close(after, whole[0].params, rtol=1e-4, atol=1e-5)
+    if head is likelihoods.learned_vector:
+        assert metrics.scores.sigma_min < metrics.scores.sigma_max
 
 
 def test_examples_draw_noise_by_their_index_and_steps_by_their_number():

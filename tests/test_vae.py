@@ -1,4 +1,4 @@
-"""The bounds on a linear Gaussian model, whose evidence and posterior are known in closed form."""
+"""The bounds on a linear Gaussian model, whose evidence and posterior are known in closed form, and quadrature."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from lvae_jax import likelihoods, vae
 from lvae_jax.networks import Network
@@ -83,6 +83,15 @@ def test_elbo_is_the_log_likelihood_less_the_divergence_from_the_prior(wrong):
     np.testing.assert_allclose(terms.log_likelihood, log_likelihood, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(terms.elbo, terms.log_likelihood - terms.kl)
     np.testing.assert_allclose(terms.stddev, SIGMA, rtol=1e-6)
+    np.testing.assert_allclose(terms.posterior_mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.exp(terms.posterior_log_stddev), np.tile(stddev, (len(X), 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_samples", [0, -3])
+def test_importance_bound_needs_a_sample(num_samples):
+    model, params = linear()
+    with pytest.raises(ValueError, match="num_samples"):
+        vae.importance_bound(jax.random.split(KEY, len(X)), model, params, jnp.array(X), num_samples=num_samples)
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])
@@ -106,6 +115,89 @@ def test_importance_bound_rises_from_the_elbo_to_the_evidence(wrong):
     assert bounds[-1].mean() > evidence - posterior_kl(wrong) / 5.0
     for bound in bounds[1:]:
         assert_mean(np.exp(bound - evidence), 1.0)  # The weights are unbiased for any k.
+
+
+# Evidence by quadrature
+
+
+def narrowed(latent_size, wrong=EXACT):
+    """(model, parameters, exact evidence) of the linear model with its first one or two latent variables."""
+    model, params = linear(wrong)
+    weights = W[:, :latent_size]
+    encoder = Network(model.encoder.init, lambda params, x: tuple(part[:, :latent_size] for part in encode(params, x)))
+    encode, model = model.encoder.apply, model._replace(encoder=encoder, latent_size=latent_size)
+    evidence = stats.multivariate_normal(OFFSET, weights @ weights.T + SIGMA**2 * np.eye(3))
+    return model, params | {"decoder": params["decoder"][:, :latent_size]}, evidence
+
+
+@pytest.mark.parametrize("latent_size", [1, 2])
+@pytest.mark.parametrize("wrong", [EXACT, WRONG[0], WRONG[3]])
+def test_evidence_is_exact_and_does_not_ask_the_encoder(latent_size, wrong):
+    model, params, exact = narrowed(latent_size, wrong)
+    # Nodes as far apart as the stddev of the narrowest posterior, and many more.
+    for num_nodes in (1 + int(np.ceil(12.0 / POSTERIOR_STDDEV.min())), 200):
+        evidence = vae.evidence(model, params, jnp.array(X), num_nodes=num_nodes)
+        np.testing.assert_allclose(evidence, exact.logpdf(X), rtol=2e-6, atol=2e-5)
+    coarse = vae.evidence(model, params, jnp.array(X), num_nodes=1 + int(12.0 / POSTERIOR_STDDEV.min() / 4.0))
+    assert np.abs(coarse - exact.logpdf(X)).max() > 0.05, "too few nodes show"
+
+
+def test_evidence_covers_the_prior_as_far_as_it_reaches():
+    model, params, exact = narrowed(1)
+    column = W[:, 0]
+    # The posterior's mean is 7: beyond 6 stddevs of the prior.
+    x = np.float32(OFFSET + 7.0 * (1.0 + SIGMA**2 / (column @ column)) * column)[None]
+    near, far = (vae.evidence(model, params, jnp.array(x), num_nodes=200, reach=reach) for reach in (6.0, 12.0))
+    np.testing.assert_allclose(far, exact.logpdf(x[0]), rtol=1e-5)
+    assert near[0] < far[0] - 1.0
+
+
+def curved(latent_size):
+    """A decoder that bends, under a vector of sigmas: its outputs, as numpy and as JAX give them."""
+
+    def decode(params, z, np=jnp):
+        first, last = z[..., 0], z[..., -1]
+        means = np.stack([np.sin(2.0 * first) + last**2, first * last, np.exp(0.5 * last)], axis=-1)
+        log_stddevs = np.stack([0.3 * first - 1.0, -0.5 + 0.0 * first, 0.2 * last - 0.7], axis=-1)
+        return np.stack([means, log_stddevs], axis=-1)
+
+    encode = Network(lambda key: {}, lambda params, x: (0.3 * x[:, :latent_size], 0.0 * x[:, :latent_size] - 0.3))
+    model = vae.VAE(encode, Network(lambda key: {}, decode), likelihoods.learned_vector(), latent_size)
+    return model, vae.init(KEY, model), lambda z: decode({}, np.array(z), np)
+
+
+@pytest.mark.parametrize("latent_size", [1, 2])
+def test_evidence_of_a_curved_decoder_is_scipys_integral(latent_size):
+    model, params, decode = curved(latent_size)
+    x = np.array([0.9, -0.4, 1.3])
+
+    def joint(*z):
+        mean, log_stddev = decode(z).T
+        exponent = ((x - mean) / np.exp(log_stddev)) @ ((x - mean) / np.exp(log_stddev)) + np.dot(z, z)
+        return np.exp(-0.5 * exponent - log_stddev.sum()) / (2.0 * np.pi) ** ((3 + latent_size) / 2.0)
+
+    expected, error = integrate.nquad(joint, latent_size * [(-6.0, 6.0)], opts={"epsrel": 1e-5, "epsabs": 0.0})
+    assert error < 1e-4 * expected
+    evidence = vae.evidence(model, params, jnp.float32(x)[None], num_nodes=200)
+    np.testing.assert_allclose(evidence, [np.log(expected)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("latent_size", [1, 2])
+def test_importance_weights_are_unbiased_for_the_evidence_of_a_curved_decoder(latent_size):
+    model, params, _ = curved(latent_size)
+    x = jnp.array([0.9, -0.4, 1.3])
+    keys, xs = copies(x, 200)
+    bounds = np.float64(vae.importance_bound(keys, model, params, xs, num_samples=500))
+    evidence = np.float64(vae.evidence(model, params, x[None], num_nodes=200))[0]
+    assert_mean(np.exp(bounds - evidence), 1.0)
+    assert abs(bounds.mean() - evidence) < 0.02
+    assert bounds.std() > 1e-4, "the posterior is not exact"
+
+
+def test_evidence_of_three_latent_dimensions_is_refused():
+    model, params = linear()
+    with pytest.raises(ValueError, match="one or two latent dimensions, not 3"):
+        vae.evidence(model._replace(latent_size=3), params, jnp.array(X), num_nodes=8)
 
 
 # Randomness
@@ -139,18 +231,6 @@ def test_every_example_and_latent_variable_draws_its_own_noise():
     assert abs(np.corrcoef(noise.T)[0, 1]) < 4.0 / np.sqrt(n), "latent variables share their noise"
     for column in noise.T:
         assert stats.kstest(column, stats.norm.cdf).pvalue > 1e-3
-
-
-def test_example_keys_depend_on_the_key_and_the_global_index_alone():
-    def data(key, index):
-        return np.array(jax.random.key_data(vae.example_keys(key, index)))
-
-    index = jnp.arange(1_000)
-    everything = data(KEY, index)
-    assert len(np.unique(everything, axis=0)) == len(index)
-    picked = jnp.array([3, 999, 3, 0])
-    np.testing.assert_array_equal(data(KEY, picked), everything[picked])
-    assert not np.any(np.all(data(jax.random.key(1), index) == everything, axis=-1))
 
 
 def test_init_draws_each_part_from_a_key_of_its_own():
@@ -218,7 +298,8 @@ def test_scores_and_summary_are_numpys():
     rng = np.random.default_rng(0)
     log_likelihood, kl = rng.normal(size=(2, 5)).astype(np.float32)
     x, mean, stddev = rng.uniform(0.1, 2.0, size=(3, 5, 3, 4, 1)).astype(np.float32)
-    terms = vae.Terms(*map(jnp.array, (log_likelihood, kl, mean, stddev)))
+    posterior = 2 * (jnp.zeros((5, 2)),)
+    terms = vae.Terms(*map(jnp.array, (log_likelihood, kl, mean, stddev)), *posterior)
     scores, flat = vae.scores(terms, jnp.array(x)), stddev.reshape(5, -1)
     expected = vae.Scores(
         elbo=log_likelihood - kl,

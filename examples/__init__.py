@@ -1,0 +1,1 @@
+"""Short programs to copy from: `python -m examples.NAME`, after `pip install -e '.[examples]'`."""

@@ -1,0 +1,112 @@
+"""What all binaries share: bad flags end in one line, and a finished run is reported, not run again."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from experiments import loop
+from lvae_jax import datasets, runs
+
+flags.DEFINE_string("run_dir", None, "where everything is written (default: a name below runs/ made of the flags)")
+flags.DEFINE_bool("distributed", False, "join the processes that a cluster started, as it describes them")
+flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, to join processes by hand; all write to one shared --run_dir"
+)
+flags.DEFINE_integer("num_processes", None, "how many processes there are to join")
+flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on; process 0 writes and prints")
+
+
+class UsageError(Exception):
+    """The flags ask for something impossible; the message, one line, names the fix."""
+
+
+def start(name: str, main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`; the process ends with one line if the flags, the data or the run directory
+    cannot be used."""
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(list(argv))
+        except flags.Error as error:
+            sys.exit(f"{name}: {' '.join(str(error).split())} (--help lists all flags)")
+        if len(rest) > 1:
+            sys.exit(f"{name}: unexpected argument {rest[1]!r} (--help lists all flags)")
+        return rest
+
+    def guarded(argv: Sequence[str]) -> None:
+        del argv
+        logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX narrate
+        try:
+            loop.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
+            main()
+        except (UsageError, datasets.DatasetError, runs.RunError) as error:
+            sys.exit(f"{name}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: interrupted; the same command goes on from the last checkpoint, a minute old at most")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def values(names: Iterable[str]) -> dict[str, Any]:
+    """The flags of these names."""
+    return {name: getattr(flags.FLAGS, name) for name in names}
+
+
+def numbers(name: str, texts: Iterable[str], kind: type = float) -> tuple[Any, ...]:
+    """The numbers that the flag `name` lists.
+
+    Raises:
+      UsageError: one of them is none.
+    """
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise UsageError(f"--{name}={','.join(texts)}: every value must be a {what}") from None
+
+
+def run_path(config: Mapping[str, Any], name: str, run_dir: str | None) -> Path:
+    """The directory asked for, or one below runs/ whose name is made of `name` and the config alone: the same command
+    finds its run again."""
+    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+    return Path(run_dir).expanduser() if run_dir else Path("runs", f"{name}_{digest}")
+
+
+def run(
+    config: Mapping[str, Any],
+    name: str,
+    run_dir: str | None,
+    *,
+    compute: Callable[[Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    echo: Callable[[str], None],
+) -> dict[str, Any]:
+    """The summary of the finished run of this config, or else what `compute(run directory)` returns, written there;
+    echoed as a table either way.
+
+    Raises:
+      runs.RunError: the directory belongs to something else. Whatever `compute` raises.
+    """
+    if jax.process_index() != 0:
+        echo = _silent
+    path = run_path(config, name, run_dir)
+    summary = runs.find_run(path, config)
+    if summary is not None:
+        echo(f"{path} is finished")
+        echo(table(summary))
+        return summary
+    summary = compute(path)
+    runs.write_json(path / "summary.json", summary)
+    echo(table(summary))
+    echo(f"metrics, checkpoints, figures and summary.json: {path}")
+    return summary
+
+
+def _silent(line: str) -> None:
+    del line

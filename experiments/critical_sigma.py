@@ -1,0 +1,178 @@
+"""The sigma above which a Gaussian decoder learns nothing, for any data set, in the data's unit.
+
+  python -m experiments.critical_sigma --dataset=mnist
+
+prints and draws how many principal directions of the training examples a decoder with a fixed sigma can use, at each
+sigma: those whose stddev exceeds it. The largest stddev is the critical sigma; for MNIST on [0, 1], 2.262. With
+--compare=RUN_DIR, the latent dimensions that the F-VAEs of a finished sigma_sweep use, and their ELBOs, stand beside.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags
+
+from experiments import command
+from lvae_jax import datasets, figures, runs, theory
+
+CHUNK = 1000
+STREAM_SIZE = 100_000
+
+
+class Config(NamedTuple):
+    """What is computed. sigma: of the table's rows; by default 12 up to the critical one, in geometric progression."""
+
+    dataset: str = "mnist"
+    sigma: tuple[float, ...] | None = None
+    image_size: int | None = None
+    fake_data: bool = False
+    compare: str | None = None
+
+
+def run(
+    config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print, **places: Any
+) -> dict[str, Any]:
+    """Computes or reports the principal stddevs; returns what summary.json holds. `places` are folders of
+    `datasets.load`.
+
+    Raises:
+      command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is written.
+    """
+    for sigma in config.sigma or ():
+        if not 1e-6 <= sigma <= 1e6:
+            raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a number from 1e-6 to 1e6")
+    data: dict[str, Any] = {"image_size": config.image_size, "fake_data": config.fake_data}
+    datasets.check(config.dataset, **data, **places)
+    trained = f_vaes(config)
+
+    def compute(path: Path) -> dict[str, Any]:
+        dataset = datasets.load(config.dataset, **data, **places)
+        runs.make_run(path, config._asdict())
+        return measure(config, path, dataset, trained)
+
+    name = f"critical-sigma_{config.dataset.replace('/', '-')}"
+    return command.run(config._asdict(), name, run_dir, compute=compute, table=table, echo=echo)
+
+
+def f_vaes(config: Config) -> list[dict[str, Any]]:
+    """The F-VAEs' rows of the sweep to compare with, none without one.
+
+    Raises:
+      command.UsageError: it is unfinished, of another data set or has no F-VAE.
+    """
+    if config.compare is None:
+        return []
+    path = Path(config.compare).expanduser()
+    if not (path / "summary.json").exists():
+        raise command.UsageError(f"--compare={path}: no finished run there")
+    theirs, summary = runs.read_json(path / "flags.json"), runs.read_json(path / "summary.json")
+    for name in ("dataset", "image_size", "fake_data"):
+        if theirs.get(name) != getattr(config, name):
+            raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
+    rows = [row for row in summary["rows"] if row["variant"] == "f"]
+    if not rows:
+        raise command.UsageError(f"--compare={path}: has no F-VAE, run its command with f in --variants")
+    return [
+        {name: row[name] for name in ("sigma", "active_units", "active_directions", "elbo", "elbo_sd", "num_seeds")}
+        for row in rows
+    ]
+
+
+def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """Computes the principal stddevs and draws the figure; returns the summary."""
+    stddevs = theory.principal_stddevs(chunks(dataset))
+    size = int(np.prod(dataset.shape))
+    sigmas = sorted({*(config.sigma or np.geomspace(1e-2, 1.0, 12) * stddevs[0]), *(row["sigma"] for row in trained)})
+    elbos = theory.linear_best_elbo(np.array(sigmas), stddevs, num_dimensions=size, latent_size=size)
+    by_sigma = {row["sigma"]: row for row in trained}
+    rows = [
+        {"sigma": float(sigma), "directions": int(np.sum(stddevs > sigma)), "linear_elbo": float(elbo)}
+        | {f"trained_{name}": value for name, value in by_sigma.get(sigma, {}).items() if name != "sigma"}
+        for sigma, elbo in zip(sigmas, elbos, strict=True)
+    ]
+    grid = np.geomspace(min(sigmas[0], 0.01 * stddevs[0]), 1.5 * max(stddevs[0], sigmas[-1]), 400)
+    figure = figures.directions(
+        stddevs,
+        grid,
+        theory.linear_best_elbo(grid, stddevs, num_dimensions=size, latent_size=size),
+        trained=np.array([[row["sigma"], row["active_directions"], row["elbo"]] for row in trained]).reshape(-1, 3).T,
+        unit=dataset.unit,
+    )
+    runs.replace(path / "figures" / "directions.png", functools.partial(figure.savefig, dpi=120))
+    return {
+        "critical_sigma": float(stddevs[0]),
+        "principal_stddevs": stddevs.tolist(),
+        "rows": rows,
+        "dataset": config.dataset,
+        "num_dimensions": size,
+        "num_examples": STREAM_SIZE if dataset.train is None else len(dataset.train),
+        "unit": dataset.unit,
+        "jax": jax.__version__,
+    }
+
+
+def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
+    """All training examples as the model sees them, or the first `STREAM_SIZE` of a stream, with a progress bar."""
+    size = STREAM_SIZE if dataset.train is None else len(dataset.train)
+    for start in tqdm.trange(0, size, CHUNK, desc="covariance", unit="k"):
+        index = np.arange(start, min(start + CHUNK, size), dtype=np.int32)
+        examples = None if dataset.train is None else jnp.asarray(dataset.train[index])
+        yield np.asarray(dataset.batch(examples, jax.random.key(0), jnp.asarray(index)))
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    lines = [f"{'sigma':>10}{'directions':>12}{'linear VAE [nats]':>20}{'active':>9}{'units':>7}{'ELBO [nats]':>16}"]
+    for row in summary["rows"]:
+        line = f"{row['sigma']:10.4g}{row['directions']:12d}{row['linear_elbo']:20.4f}"
+        if "trained_elbo" in row:
+            line += f"{row['trained_active_directions']:9.4g}{row['trained_active_units']:7.4g}"
+            line += f"{row['trained_elbo']:16.4f} +- {row['trained_elbo_sd']:.4f}"
+        lines.append(line)
+    return "\n".join(
+        [
+            f"critical sigma: {summary['critical_sigma']:.4g}, unit: {summary['unit']}. With a larger one, fixed, a "
+            "Gaussian decoder learns nothing but the mean.",
+            *lines,
+            f"directions: principal ones of {summary['num_examples']} training examples whose stddev exceeds sigma, of "
+            f"{summary['num_dimensions']}.",
+            "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA). Right of it, "
+            "trained F-VAEs:",
+            "active, units: principal directions, and dimensions, of the latent space along which the posterior's mean "
+            "varies by more than 0.01.",
+        ]
+    )
+
+
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    defaults = Config()
+    flags.DEFINE_string("dataset", defaults.dataset, "toy, mnist, celeb_a, or another TFDS image data set")
+    flags.DEFINE_list("sigma", None, "sigmas of the table, separated by commas (default: 12 up to the critical one)")
+    flags.DEFINE_integer("image_size", None, "side to which celeb_a's images are scaled (default: 64)")
+    flags.DEFINE_bool("fake_data", defaults.fake_data, "synthetic images of the data set's shape")
+    flags.DEFINE_string(
+        "compare", None, "directory of a finished sigma_sweep of this data set: its F-VAEs stand beside"
+    )
+    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
+    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
+    flags.DEFINE_string("celeba_dir", None, "folder of CelebA's aligned JPEGs, instead of TFDS's celeb_a")
+
+
+def main() -> None:
+    values = command.values(Config._fields)
+    values["sigma"] = values["sigma"] and command.numbers("sigma", values["sigma"])
+    if values["dataset"] == "celeb_a" and values["image_size"] is None:
+        values["image_size"] = 64
+    run(Config(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.start("critical_sigma", main)

@@ -1,0 +1,331 @@
+"""What the models of a finished `experiments.sigma_sweep` generate and reconstruct, without its data set.
+
+  python -m experiments.generate --run_dir=RUN
+
+writes into RUN/generated, for the first seed of each row of the run's table, the arrays below as .npz, in float32, and
+a figure of them as .png; generated.json beside them names the unit. The same `--key_seed` means the same z for all.
+
+  samples [B, *S]                           x ~ p(x|z), z from the prior
+  means, stddevs [B, *S]                    of that p(x|z)
+  interpolations, interpolation_stddevs     the mean and stddev of p(x|z) for z along P paths, both [P, 8, *S]
+  images [N, *S]                            what --images gives, if anything
+  reconstructions, reconstruction_stddevs   the mean and stddev of p(x|z) at its posterior's mean, both [N, *S]
+
+*S is the shape of the data; a stddev is sigma, that of an image its sigma map. The paths join draws from the prior or,
+if there are two or more images, each of the first nine to the next.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from absl import flags
+from jaxtyping import Array, Float, Key
+
+from experiments import command, report, sigma_sweep
+from lvae_jax import datasets, figures, runs, training
+from lvae_jax import vae as vae_lib
+
+NUM_PATHS = 8
+NUM_POINTS = 8  # on each path, the ends included
+SHOWN = 64  # images of a kind in a figure, which shows all points in the plane
+
+
+def run(
+    run_dir: str,
+    *,
+    out: str | None = None,
+    variants: Sequence[str] = (),
+    sigmas: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    images: Sequence[str] = (),
+    num_samples: int = 64,
+    key_seed: int = 0,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Writes what the chosen members of the run generate into `out`; returns what generated.json holds.
+
+    Raises:
+      command.UsageError, runs.RunError: as their docstrings say, before anything is compiled or overwritten.
+    """
+    path = Path(run_dir).expanduser()
+    folder = Path(out).expanduser() if out else path / "generated"
+    config, summary = read_run(path)
+    shape = tuple(summary["shape"])
+    if num_samples < 1:
+        raise command.UsageError(f"--num_samples={num_samples}: must be at least 1")
+    if not 0 <= key_seed < 2**31:
+        raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
+    members = choose(summary["members"], variants, sigmas, seeds or (config.seed,))
+    given = read_images(images, shape) if images else None
+    groups = {member["group"]: member["variant"] for member in members}
+    weights = {group: restore(path, config, group, variant, shape) for group, variant in groups.items()}
+    record = {
+        "run": str(path.resolve()),
+        "shape": list(shape),
+        "unit": summary["unit"],  # of all arrays
+        "num_samples": num_samples,
+        "key_seed": key_seed,
+        "images": None if given is None else hashlib.sha256(given.tobytes()).hexdigest(),
+        "members": [{name: member[name] for name in ("variant", "sigma", "seed")} for member in members],
+        "files": [file_name(member) for member in members],
+    }
+    claim(folder, record)
+
+    key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given)
+    programs = {
+        variant: jax.jit(functools.partial(pictures, vae=make_vae(config, variant, shape), num_samples=num_samples))
+        for variant in groups.values()
+    }
+    for member, name in zip(members, record["files"], strict=True):
+        params = jax.tree.map(lambda leaf, index=member["member"]: leaf[index], weights[member["group"]])
+        arrays = jax.device_get(programs[member["variant"]](key, params=params, x=x))
+        runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))
+        title = f"{sigma_sweep.VARIANTS[member['variant']]}, sigma = {member['sigma']:.3g}, seed {member['seed']}"
+        figure = figures.gallery(title, panels(arrays, shape), unit=summary["unit"])
+        runs.replace(folder / f"{name}.png", functools.partial(figure.savefig, dpi=120))
+        echo(f"{title}: {folder / name}.npz and .png")
+    return record
+
+
+def read_run(path: Path) -> tuple[sigma_sweep.Config, dict[str, Any]]:
+    """The config and the summary of a finished run of `sigma_sweep`.
+
+    Raises:
+      runs.RunError: there is none in `path`.
+    """
+    recorded: dict[str, Any] = runs.read_json(path / "flags.json")
+    if recorded.keys() != set(sigma_sweep.Config._fields):
+        raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
+    if not (path / "summary.json").exists():
+        raise runs.RunError(f"{path} holds an unfinished run: repeat its command, which finishes it")
+    summary = runs.read_json(path / "summary.json")
+    if not {"members", "shape", "unit"} <= summary.keys():
+        raise runs.RunError(f"{path / 'summary.json'} is of an older version: repeat the run in another --run_dir")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    return sigma_sweep.Config._make(values[name] for name in sigma_sweep.Config._fields), summary
+
+
+def choose(
+    members: Sequence[dict[str, Any]], variants: Sequence[str], sigmas: Sequence[float], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The members of these variants, sigmas and seeds; all variants or sigmas if none is given. Sigmas choose among
+    F-VAEs, and only these if no variant is given.
+
+    Raises:
+      command.UsageError: one of them is not in the run.
+    """
+    f_sigmas = [member["sigma"] for member in members if member["variant"] == "f"]
+    for name, asked, there in (
+        ("variant", variants, [member["variant"] for member in members]),
+        ("sigma", sigmas, f_sigmas),
+        ("seed", seeds, [member["seed"] for member in members]),
+    ):
+        for value in asked:
+            if value not in there:
+                known = ", ".join(map(str, dict.fromkeys(there))) or "no F-VAE"
+                raise command.UsageError(f"--{name}={value} is not in the run, which has {known}")
+    if sigmas and variants and "f" not in variants:
+        raise command.UsageError(f"--sigma chooses among F-VAEs: leave it out, or add f to --variant={variants[0]}")
+    variants = variants or (["f"] if sigmas else list(sigma_sweep.VARIANTS))
+    return [
+        member
+        for member in members
+        if member["variant"] in variants
+        and member["seed"] in seeds
+        and (not sigmas or member["variant"] != "f" or member["sigma"] in sigmas)
+    ]
+
+
+def read_images(sources: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+    """The examples in .npy, PNG and JPEG files, and in folders of PNG and JPEG files by name, in storage form [N, *S]:
+    uint8 images, or float32 points.
+
+    Raises:
+      command.UsageError: one cannot be read, or its examples are none for a model of this shape.
+    """
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+            if not found:
+                raise command.UsageError(f"--images={source}: no PNG or JPEG files in this folder")
+            files += found
+        else:
+            files.append(path)
+    return np.concatenate([read_file(file, shape) for file in files])
+
+
+def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The examples in one file, as `read_images` says."""
+    try:
+        if file.suffix.lower() == ".npy":
+            with open(file, "rb") as stream:
+                value = np.lib.format.read_array(stream)
+        else:
+            with PIL.Image.open(file, formats=["PNG", "JPEG"]) as image:
+                if image.mode not in ("L", "RGB"):
+                    raise command.UsageError(
+                        f"--images={file}: its pixels are in mode {image.mode}, save them as 8-bit grey or RGB"
+                    )
+                value = np.asarray(image).reshape(1, image.height, image.width, -1)
+    except FileNotFoundError:
+        raise command.UsageError(f"--images={file}: there is no such file") from None
+    except (OSError, ValueError, EOFError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise command.UsageError(f"--images={file} is no whole .npy, PNG or JPEG file: {reason}") from None
+    is_image = len(shape) == 3
+    if value.ndim != len(shape) + 1 or value.shape[1:] != shape or len(value) == 0:
+        raise command.UsageError(f"--images={file}: give [N, {', '.join(map(str, shape))}], not {list(value.shape)}")
+    if value.dtype != np.uint8 if is_image else value.dtype.kind not in "fiu":
+        raise command.UsageError(
+            f"--images={file}: give {'8-bit pixels (uint8)' if is_image else 'real numbers'}, not {value.dtype}"
+        )
+    if is_image:
+        return value
+    with np.errstate(over="ignore"):
+        points = value.astype(np.float32)
+    if not np.isfinite(points).all():
+        raise command.UsageError(f"--images={file}: every coordinate must be a finite float32")
+    return points
+
+
+def make_vae(config: sigma_sweep.Config, variant: str, shape: tuple[int, ...]) -> vae_lib.VAE:
+    """The model of a variant in this run, for any sigma: that of a trained member is in its parameters."""
+    sigma = jnp.ones(config.num_steps + 1) if variant in report.SCHEDULED else 1.0
+    return sigma_sweep.model(config, variant, shape)(sigma)
+
+
+def restore(path: Path, config: sigma_sweep.Config, name: str, variant: str, shape: tuple[int, ...]) -> vae_lib.Params:
+    """The trained weights of the M members of the group `name`, leaves [M, ...].
+
+    Raises:
+      runs.RunError: the checkpoint is missing, damaged or of another shape.
+    """
+    if not (path / "checkpoints" / name).exists():
+        raise runs.RunError(f"{path / 'checkpoints' / name} is missing: give the directory of a whole run")
+    unknown = np.ones((config.num_seeds, config.num_steps + 1))
+    groups = sigma_sweep.groups(config, variant, unknown, alone=len(shape) == 3)
+    group = next(group for group in groups if group.name == name)
+    init = functools.partial(
+        training.members_init,
+        make_vae=lambda sigma: make_vae(config, variant, shape),
+        optimizer=training.optimizer(
+            config.num_steps, learning_rate=config.learning_rate, warmup_steps=config.warmup_steps
+        ),
+        ema_decay=config.ema_decay,
+    )
+    record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)
+    checkpoints = runs.Checkpoints(path, name)
+    restored = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas), record))
+    checkpoints.close()
+    if restored is None:
+        raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
+    states, _ = restored
+    return states.weights
+
+
+def claim(folder: Path, record: dict[str, Any]) -> None:
+    """Writes generated.json into a new or empty folder; one with the same record is used again.
+
+    Raises:
+      command.UsageError: the folder holds anything else, or cannot be written.
+    """
+    file = folder / "generated.json"
+    try:
+        mine = file.exists() and runs.read_json(file) == record
+        if not mine and folder.exists() and any(folder.iterdir()):
+            raise command.UsageError(f"{folder} holds files of another command: give another --out")
+        runs.write_json(file, record)
+    except OSError as error:
+        raise command.UsageError(f"{folder} cannot be written ({error.strerror}): give another --out") from None
+
+
+def file_name(member: dict[str, Any]) -> str:
+    """Of a member's files, without their endings."""
+    sigma = f"-{member['sigma']}" if member["variant"] == "f" else ""
+    return f"{member['variant']}{sigma}-seed{member['seed']}"
+
+
+def pictures(
+    key: Key[Array, ""], *, vae: vae_lib.VAE, params: vae_lib.Params, x: Float[Array, "N *S"] | None, num_samples: int
+) -> dict[str, Array]:
+    """The arrays of one model, by the names in the module's docstring."""
+    generate_key, ends_key = jax.random.split(key)
+    samples, means, stddevs = vae_lib.generate(generate_key, vae, params, num_samples=num_samples)
+    arrays = {"samples": samples, "means": means, "stddevs": stddevs}
+    t = jnp.linspace(0.0, 1.0, NUM_POINTS)[None, :, None]
+    if x is None or len(x) < 2:
+        first, last = jax.random.normal(ends_key, (2, NUM_PATHS, 1, vae.latent_size))
+        # Each point is a draw from the prior; those on a straight line would be too close to the origin.
+        z = jnp.cos(0.5 * jnp.pi * t) * first + jnp.sin(0.5 * jnp.pi * t) * last
+    else:
+        ends, _ = vae.encoder.apply(params["encoder"], x[: NUM_PATHS + 1])
+        z = (1.0 - t) * ends[:-1, None] + t * ends[1:, None]
+    outputs = vae.decoder.apply(params["decoder"], z.reshape(-1, vae.latent_size))
+    for name, of_outputs in (("interpolations", vae.likelihood.mean), ("interpolation_stddevs", vae.likelihood.stddev)):
+        flat = of_outputs(params["likelihood"], outputs)
+        arrays[name] = flat.reshape(*z.shape[:2], *flat.shape[1:])
+    if x is not None:
+        reconstructions, reconstruction_stddevs = vae_lib.reconstruct(vae, params, x)
+        arrays |= {"images": x, "reconstructions": reconstructions, "reconstruction_stddevs": reconstruction_stddevs}
+    return arrays
+
+
+def panels(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """What a figure shows of one model's arrays: title -> (examples, their stddevs)."""
+    shown = SHOWN if len(shape) == 3 else None
+    flat = {name: array.reshape(-1, *shape)[:shown] for name, array in arrays.items()}
+    of_prior = {
+        "samples": (flat["samples"], None),
+        "means": (flat["means"], flat["stddevs"]),
+        "interpolations": (flat["interpolations"], flat["interpolation_stddevs"]),
+    }
+    if "images" not in flat:
+        return of_prior
+    return of_prior | {
+        "images": (flat["images"], None),
+        "reconstructions": (flat["reconstructions"], flat["reconstruction_stddevs"]),
+    }
+
+
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    flags.DEFINE_string("run_dir", None, "a finished run of experiments.sigma_sweep", allow_override=True)
+    flags.DEFINE_string("out", None, "folder to write into, new or empty (default: RUN_DIR/generated)")
+    flags.DEFINE_list("variant", [], "variants of the run, separated by commas (default: all)")
+    flags.DEFINE_list("sigma", [], "sigmas of the run's F-VAEs, separated by commas (default: all)")
+    flags.DEFINE_list("seed", [], "seeds of the run, separated by commas (default: its first)")
+    flags.DEFINE_list(
+        "images",
+        [],
+        "what to reconstruct: a folder or files, separated by commas; images, of the run's size, as PNG, JPEG or uint8 "
+        ".npy [N, H, W, C], points as .npy [N, 2]",
+    )
+    flags.DEFINE_integer("num_samples", 64, "draws from each model; figures show no more than 64 images")
+    flags.DEFINE_integer("key_seed", 0, "of all random draws")
+
+
+def main() -> None:
+    values = command.values(("run_dir", "out", "images", "num_samples", "key_seed"))
+    if values["run_dir"] is None:
+        raise command.UsageError("give the directory of a finished run of experiments.sigma_sweep as --run_dir")
+    chosen = command.values(("variant", "sigma", "seed"))
+    run(
+        **values,
+        variants=chosen["variant"],
+        sigmas=command.numbers("sigma", chosen["sigma"]),
+        seeds=command.numbers("seed", chosen["seed"], int),
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.start("generate", main)

@@ -1,0 +1,244 @@
+"""Theorem 1 beside trained models: an F-VAE whose sigma exceeds R / sqrt(n) loses the sphere of radius R in R^n.
+
+  python -m experiments.hypersphere
+
+draws the exact objective of the paper's Fig. 2 for the spheres in R^2, R^3 and R^10, trains F-VAEs over a grid of sigma
+around the critical one and LS-VAEs on each, and compares the radius of their decoders' outputs and their ELBOs with the
+exact ones. LS-VAEs start at sigma = R, as the paper's, and at half the critical sigma. The same command resumes an
+interrupted run, and reports a finished one again.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags
+
+from experiments import command, loop
+from lvae_jax import datasets, figures, likelihoods, networks, runs, theory
+from lvae_jax import vae as vae_lib
+
+
+class Config(NamedTuple):
+    """What the experiment computes. sigma: of the F-VAEs, in units of the critical one. latent_size: None for n - 1,
+    the dimension of the sphere itself."""
+
+    dims: tuple[int, ...] = (2, 3, 10)
+    sigma: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.05, 1.3)
+    radius: float = 1.0
+    num_seeds: int = 2
+    seed: int = 0
+    num_steps: int = 2000
+    batch_size: int = 100
+    latent_size: int | None = None
+
+
+def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs, resumes or reports the experiment; returns what summary.json holds.
+
+    Raises:
+      command.UsageError, runs.RunError: as their docstrings say, before anything is trained or overwritten.
+    """
+    check(config)
+
+    def compute(path: Path) -> dict[str, Any]:
+        runs.make_run(path, config._asdict())
+        return train_all(config, path)
+
+    return command.run(config._asdict(), "hypersphere", run_dir, compute=compute, table=table, echo=echo)
+
+
+def check(config: Config) -> None:
+    """Returns if the config can be run.
+
+    Raises:
+      command.UsageError: it cannot.
+    """
+    if not config.dims or len(set(config.dims)) < len(config.dims) or min(config.dims) < 2:
+        raise command.UsageError(f"--dims={','.join(map(str, config.dims))}: give dimensions from 2 on, each only once")
+    for name in ("sigma", "radius"):
+        values = np.atleast_1d(getattr(config, name))
+        if not len(values) or len(set(values)) < len(values) or not ((values >= 1e-3) & (values <= 1e3)).all():
+            text = ",".join(f"{value:g}" for value in values)
+            raise command.UsageError(f"--{name}={text}: give numbers from 0.001 to 1000, each only once")
+    for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
+        value = getattr(config, name)
+        if value is not None and value < (0 if name == "num_steps" else 1):
+            raise command.UsageError(f"--{name}={value}: must be at least {0 if name == 'num_steps' else 1}")
+    if not 0 <= config.seed < 2**31 - config.num_seeds:
+        raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
+
+
+def make_vae(variant: str, dim: int, latent_size: int, sigma: Any) -> vae_lib.VAE:
+    """The toy's networks, under an F- or LS-VAE's observation model."""
+    head = likelihoods.HEADS[variant](sigma)
+    return vae_lib.VAE(
+        networks.mlp_encoder((dim,), latent_size), networks.mlp_decoder((dim,), 1, latent_size), head, latent_size
+    )
+
+
+def train_all(config: Config, path: Path) -> dict[str, Any]:
+    """Trains all models, if any are asked for, and draws the figures; returns the summary."""
+    seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
+    members: list[dict[str, Any]] = []
+    steps = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+    num_members = len(config.dims) * config.num_seeds * (len(config.sigma) + 2)
+    with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+        for dim in config.dims if config.num_steps else ():
+            critical = theory.critical_sigma(radius=config.radius, dim=dim)
+            dataset = datasets.sphere_stream(dim, radius=config.radius)
+            sigmas = {"f": np.array(config.sigma) * critical, "ls": np.array([config.radius, 0.5 * critical])}
+            for variant, values in sigmas.items():
+                group = loop.Group(f"{variant}-{dim}", np.tile(seeds, len(values)), np.repeat(values, len(seeds)))
+                bar.set_description(f"n = {dim}, {variant.upper()}-VAE")
+                model = functools.partial(make_vae, variant, dim, config.latent_size or dim - 1)
+                programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
+                states, _ = loop.fit(path, group, programs, dataset, None, **steps, bar=bar)
+                members += evaluate(variant, group, programs, states, dataset, config.radius)
+    spheres = [exact(dim, config, [member for member in members if member["dim"] == dim]) for dim in config.dims]
+    drawings = {"objective": figures.objective_map(spheres), "radius": figures.radius_and_elbo(spheres)}
+    for name, figure in drawings.items():
+        runs.replace(path / "figures" / f"{name}.png", functools.partial(figure.savefig, dpi=120))
+    return {
+        "rows": rows(members),
+        "members": members,
+        "num_test_examples": datasets.TEST_SIZE,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def evaluate(
+    variant: str,
+    group: loop.Group,
+    programs: loop.Programs,
+    states: Any,
+    dataset: datasets.Dataset,
+    radius: float,
+) -> list[dict[str, Any]]:
+    """The scores of each member on the test split, with the radius of its decoder's outputs, z drawn from the prior or
+    from the posterior of these examples, beside the exact values for its sigma."""
+    dim = dataset.shape[0]
+    scores = vae_lib.summary(loop.evaluate(group, programs, states, dataset)[0])
+    pictures = programs.pictures(group.seeds, group.sigmas, states, dataset.test)
+    norms, posterior_norms = (np.linalg.norm(x, axis=-1) for x in (pictures.sample_means, pictures.reconstructions))
+    critical = theory.critical_sigma(radius=radius, dim=dim)
+    members = []
+    for index, seed in enumerate(group.seeds):
+        final = {name: float(values[index]) for name, values in scores._asdict().items()}
+        sigma = final["sigma_mean"]
+        members.append(
+            {"variant": variant, "dim": dim, "seed": int(seed), "sigma": sigma}
+            | {"start": float(group.sigmas[index]) / critical}
+            | {"relative_sigma": sigma / critical}
+            | {"radius": float(norms[index].mean()), "posterior_radius": float(posterior_norms[index].mean())}
+            | {"exact_radius": float(theory.optimal_radius(sigma, radius=radius, dim=dim))}
+            | {"exact_elbo": float(theory.best_elbo(sigma, radius=radius, dim=dim))}
+            | final
+        )
+    return members
+
+
+def exact(dim: int, config: Config, members: list[dict[str, Any]]) -> figures.Sphere:
+    """Theorem 1's curves and objective, with the trained members beside them."""
+    unit = theory.critical_sigma(dim=dim)
+    top = 1.1 * max(1.5, *config.sigma)
+    curve = np.unique(np.concatenate([np.linspace(0.05, top, 400), 1.0 - np.geomspace(1e-5, 0.1, 50)]))
+    rho, sigma = np.linspace(0.0, 1.2, 241), np.linspace(0.05, 1.5, 291)
+    trained = {}
+    for variant, name in (("f", "F-VAE"), ("ls", "LS-VAE")):
+        part = [member for member in members if member["variant"] == variant]
+        columns = [[member[column] for member in part] for column in ("relative_sigma", "radius", "elbo")]
+        if part:
+            trained[name] = (np.array(columns[0]), np.array(columns[1]) / config.radius, np.array(columns[2]))
+    return figures.Sphere(
+        dim=dim,
+        sigma=curve,
+        radius=np.asarray(theory.optimal_radius(jnp.asarray(curve * unit), dim=dim)),
+        elbo=np.asarray(theory.best_elbo(jnp.asarray(curve * unit), dim=dim)) - dim * np.log(config.radius),
+        map_rho=rho,
+        map_sigma=sigma,
+        objective=np.asarray(theory.objective(jnp.asarray(rho)[None], jnp.asarray(sigma * unit)[:, None], dim=dim)),
+        trained=trained,
+    )
+
+
+def rows(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean over seeds for each dimension and sigma, with the standard deviation of radius and ELBO (0 for one)."""
+    parts: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for member in members:
+        parts.setdefault((member["dim"], member["variant"], member["start"]), []).append(member)
+    names = (
+        "sigma",
+        "start",
+        "relative_sigma",
+        "radius",
+        "posterior_radius",
+        "exact_radius",
+        "elbo",
+        "exact_elbo",
+        "kl",
+    )
+    return [
+        {"dim": dim, "variant": variant, "num_seeds": len(part)}
+        | {name: float(np.mean([member[name] for member in part])) for name in names}
+        | {
+            f"{name}_over_seeds_sd": float(np.std([member[name] for member in part], ddof=1)) if len(part) > 1 else 0.0
+            for name in ("radius", "elbo")
+        }
+        for (dim, variant, _), part in parts.items()
+    ]
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    lines = [
+        f"{row['dim']:4d}  {row['variant'].upper() + '-VAE':8}{row['start']:8.4g}{row['relative_sigma']:10.4g}"
+        f"{row['radius']:10.4f} +- {row['radius_over_seeds_sd']:<6.4f}{row['posterior_radius']:10.4f}"
+        f"{row['exact_radius']:9.4f}{row['elbo']:12.4f} +- {row['elbo_over_seeds_sd']:<6.4f}{row['exact_elbo']:10.4f}"
+        f"{row['kl']:9.4f}"
+        for row in summary["rows"]
+    ]
+    if not lines:
+        return "nothing was trained (--num_steps=0): see the figures"
+    radii = f"{'radius':>14}{'posterior':>16}{'exact':>9}"
+    return f"""\
+{"n":>4}{"start":>18}{"sigma":>10}{radii}{"ELBO [nats]":>18}{"best":>14}{"KL":>9}
+{chr(10).join(lines)}
+start, sigma: at the start and at the end, in units of the critical one, R / sqrt(n). radius: mean norm of the decoder's
+outputs, z drawn from the prior; posterior: for z ~ q(z|x) of {summary["num_test_examples"]} test examples. exact, best:
+Theorem 1's, for an F-VAE of this sigma with ideal networks. +-: standard deviation over \
+{summary["rows"][0]["num_seeds"]} seeds.
+"""
+
+
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    defaults = Config()
+    flags.DEFINE_list("dims", list(map(str, defaults.dims)), "dimensions n of the spaces that hold the spheres")
+    flags.DEFINE_list(
+        "sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs in units of the critical one, R / sqrt(n)"
+    )
+    flags.DEFINE_float("radius", defaults.radius, "radius R of the spheres")
+    flags.DEFINE_integer("num_seeds", defaults.num_seeds, "training runs for each sphere and sigma")
+    flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
+    flags.DEFINE_integer("num_steps", defaults.num_steps, "gradient steps; 0 draws the exact figures alone")
+    flags.DEFINE_integer("batch_size", defaults.batch_size, "points in each step")
+    flags.DEFINE_integer("latent_size", defaults.latent_size, "dimensions of z (default: n - 1)")
+
+
+def main() -> None:
+    values = command.values(Config._fields)
+    values["dims"] = command.numbers("dims", values["dims"], int)
+    values["sigma"] = command.numbers("sigma", values["sigma"])
+    run(Config(**values), run_dir=flags.FLAGS.run_dir)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.start("hypersphere", main)

@@ -1,0 +1,344 @@
+"""The report of `experiments.paper`: Markdown, and the same as one HTML page with its figures inside."""
+
+import base64
+import importlib.metadata
+import io
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+import numpy as np
+import PIL.Image
+
+from experiments import claims
+from experiments.claims import Claim, Ordering, Part
+from experiments.report import VARIANTS
+
+TOY_FIGURES = {
+    "samples": "Figs. 4, 6 and 7: reconstructions over data, and generated points with their means, one seed.",
+    "losses": "Figs. 8 and 9: the losses over steps, all seeds.",
+    "sigma": "Fig. 10: sigma and ELBO over steps, all seeds.",
+    "elbo": "Table 1 drawn: every ELBO against its sigma, with the exact limits.",
+}
+IMAGE_FIGURES = {
+    "samples": "Figs. 5 and 11 to 18: data, reconstructions, generated means above generated samples, and sigma.",
+    "losses": "The losses over steps, all seeds.",
+    "sigma": "Sigma and ELBO over steps, all seeds.",
+}
+SPHERE_FIGURES = {
+    "objective": "Fig. 2: Theorem 1's objective over the radius of the decoder's outputs and sigma.",
+    "radius": "Theorem 1 beside trained models.",
+}
+
+STYLE = """
+body { max-width: 62rem; margin: 0 auto; padding: 0 1rem 3rem; font: 1rem/1.5 system-ui, sans-serif; color: #1a1a1a; }
+h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+img { max-width: 100%; height: auto; } code { font-size: 0.9em; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0 1rem; }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+@media print {
+  body { max-width: none; font-size: 9pt; } table { font-size: 7pt; } .scroll { overflow: visible; }
+  img { max-height: 22cm; } tr, img { break-inside: avoid; } h2, h3 { break-after: avoid; }
+}
+"""
+
+
+def figures(path: Path, parts: Mapping[str, Part]) -> dict[str, bytes]:
+    """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette of 128
+    colours in place of all: a third of the size."""
+    found = {}
+    for part in parts:
+        for name in captions(part):
+            with PIL.Image.open(path / part / "figures" / f"{name}.png") as image:
+                stream = io.BytesIO()
+                image.convert("RGB").quantize(128, dither=PIL.Image.Dither.NONE).save(stream, "PNG", optimize=True)
+            found[f"figures/{part}-{name}.png"] = stream.getvalue()
+    return found
+
+
+def captions(part: str) -> dict[str, str]:
+    """The figures of a part that the report shows, with what they show."""
+    return {"sphere": SPHERE_FIGURES, "toy": TOY_FIGURES}.get(part, IMAGE_FIGURES)
+
+
+def html(text: str, figures: Mapping[str, bytes]) -> str:
+    """The Markdown as a page that needs no other file."""
+    body = markdown.markdown(text, extensions=["tables"])
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    for name, png in figures.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(png).decode()}"')
+    title = text.splitlines()[0].strip("# ").replace("*", "")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
+        "</body>\n</html>\n"
+    )
+
+
+def compose(
+    scale: str,
+    found: Sequence[Claim],
+    parts: Mapping[str, Part],
+    judged: Mapping[str, Mapping[str, Any]],
+    *,
+    commands: Mapping[str, str],
+    times: Mapping[str, float],
+) -> str:
+    """The report in Markdown.
+
+    Args:
+      found: the claims.
+      judged: what `experiments.quality` says of the images of a part.
+      commands: of each part of the scale, run or not.
+      times: seconds that each part has taken.
+    """
+    sections = [
+        f"# Variational Auto-Encoder: not all failures are equal. What reproduces, at the scale *{scale}*",
+        "Every table, figure and claim of the paper (Berger and Sebag, 2020, arXiv 2003.01972) that was run, by "
+        f"`python -m experiments.paper --scale={scale}`. ELBOs are in nats, the full density, higher is better; ± is "
+        "one standard deviation over seeds. A claim holds if all of its checks hold; their thresholds stand in "
+        "`experiments/claims.py`."
+        + " **This scale tests the machinery; its verdicts say nothing of the paper.**"
+        * (scale == "smoke"),
+        "## Verdicts",
+        table(["claim", "", "verdict", "checks"], [verdict(claim) for claim in found]),
+        "## What was run",
+        ran(parts, commands, times),
+    ]
+    sphere, toy = parts.get("sphere"), parts.get("toy")
+    sections += ["## Claims", *(claim_section(claim) for claim in found)]
+    if sphere is not None:
+        sections += ["## Theorem 1", sphere_table(sphere), *shown("sphere")]
+    if toy is not None:
+        sections += [
+            "## Table 1: the toy",
+            toy_table(toy),
+            "A poor optimum lies further below the row's median than five robust standard deviations and 0.05 nats; "
+            f"its seed is counted, and in every mean. No model beats -H(x) = {-toy.summary['entropy']:.4f} nats; *gap* "
+            "is the distance to the true density, *sigma's* what of it no networks can avoid at this sigma. Paired "
+            "over seeds, p of the t-test corrected by Holm, d Cohen's:",
+            orderings_table(claims.table_1_orderings(toy)),
+            "### Figs. 4, 6 and 7 in numbers",
+            shapes_table(toy),
+            "Root mean squared error of reconstructions from the data, and their distance from the noiseless curve; "
+            "the part of the data's noise that they keep, 1 for a copy; the width of the band of generated points in "
+            "the regions of moderate, small and large noise; their sliced Wasserstein distance from the test points. "
+            "Mean over seeds; lengths of the toy.",
+            "### Annealing",
+            orderings_table(claims.annealing_orderings(toy)),
+            *shown("toy"),
+        ]
+    for name, part in parts.items():
+        if name not in ("sphere", "toy"):
+            sections += [f"## Table 2: {name}", images_table(part)]
+            if name in judged:
+                sections += [quality_table(judged[name])]
+            sections += shown(name)
+    return "\n\n".join(sections) + "\n"
+
+
+def verdict(claim: Claim) -> list[str]:
+    """A claim's cells in the table of verdicts."""
+    made = [check.holds for check in claim.checks if check.holds is not None]
+    return [claim.name, literal(claim.title), f"**{claim.verdict}**", f"{sum(made)} of {len(made)}" if made else ""]
+
+
+def literal(text: str) -> str:
+    """Text in which no star is markup."""
+    return text.replace("*", "\\*")
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def shown(part: str) -> list[str]:
+    return [f"![{caption}](figures/{part}-{name}.png)\n\n*{caption}*" for name, caption in captions(part).items()]
+
+
+def ran(parts: Mapping[str, Part], commands: Mapping[str, str], times: Mapping[str, float]) -> str:
+    """What was run, on what, how long; and what was not."""
+    rows = []
+    for name, command in commands.items():
+        if name not in parts:
+            rows.append([name, f"`{command}`", "**not run**", "", ""])
+            continue
+        summary = parts[name].summary
+        seeds = len({member["seed"] for member in summary["members"]})
+        minutes = f"{times[name] / 60.0:.1f}" if name in times else ""
+        rows.append([name, f"`{command}`", str(seeds), minutes, f"{summary['device']}, jax {summary['jax']}"])
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("lvae_jax", "flax", "optax", "numpy"))
+    return (
+        table(["part", "command", "seeds", "minutes", "device"], rows)
+        + f"\n\nReport written under Python {platform.python_version()}, {versions}, on {processor()}."
+    )
+
+
+def processor() -> str:
+    """The host's processor, as Linux names it, with the number of cores at hand."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def claim_section(claim: Claim) -> str:
+    """A claim with its checks."""
+    words = {True: "yes", False: "**no**", None: "not run"}
+    rows = [[literal(check.statement), words[check.holds], literal(check.evidence)] for check in claim.checks]
+    heading = f"### {claim.name}: {claim.verdict}\n\n*{literal(claim.title)}.*"
+    return heading + ("\n\n" + table(["check", "holds", "evidence"], rows) if rows else "")
+
+
+def sphere_table(sphere: Part) -> str:
+    """Trained radii and ELBOs beside the exact ones."""
+    rows = [
+        [
+            str(row["dim"]),
+            f"{row['variant'].upper()}-VAE",
+            f"{row['relative_sigma']:.4g}",
+            f"{row['radius']:.4f}",
+            f"{row['exact_radius']:.4f}",
+            spread(row["elbo"], row["elbo_over_seeds_sd"], row["num_seeds"]),
+            f"{row['exact_elbo']:.4f}",
+        ]
+        for row in sphere.summary["rows"]
+    ]
+    return table(["n", "", "sigma / critical", "radius", "exact", "ELBO", "best possible"], rows)
+
+
+def spread(mean: float, stddev: float, num_seeds: int) -> str:
+    return f"{mean:.4f}" + (f"&nbsp;±&nbsp;{stddev:.4f}" if num_seeds > 1 else "")
+
+
+def rows_of(part: Part) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """The rows of a sweep: title, row, members."""
+    return [
+        (
+            literal(VARIANTS[row["variant"]]),
+            row,
+            part.members(row["variant"], row["sigma"] if row["variant"] == "f" else None),
+        )
+        for row in part.summary["rows"]
+    ]
+
+
+def toy_table(toy: Part) -> str:
+    rows = [
+        [
+            title,
+            f"{row['sigma']:.4g}",
+            spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
+            f"{row['elbo_paper']:.4f}",
+            f"{row['log_likelihood']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['gap']:.4f}",
+            f"{row['sigma_gap'][0]:.3f}" if "sigma_gap" in row else "",
+            f"{claims.poor_optima(np.array([member['elbo'] for member in members]))} of {len(members)}",
+        ]
+        for title, row, members in rows_of(toy)
+    ]
+    titles = ["", "sigma", "ELBO", "in the paper", "log p(x given z)", "KL", "gap", "sigma's ≥", "poor optima"]
+    return table(titles, rows)
+
+
+def orderings_table(orderings: Sequence[Ordering]) -> str:
+    rows = []
+    for ordering in orderings:
+        found = ordering.paired
+        cells = [literal(f"{ordering.better} less {ordering.worse}")]
+        if found is None or ordering.p is None:
+            cells += ["too few seeds, or no difference"] + [""] * 5
+        else:
+            cells += [
+                f"{found.difference:+.4f}",
+                f"[{found.low:.4f}, {found.high:.4f}]",
+                f"{ordering.p:.2g}",
+                f"{found.p_wilcoxon:.2g}",
+                f"{found.effect:.2f}",
+                f"{found.wins} of {found.num_seeds}",
+            ]
+        rows.append(cells)
+    return table(["", "difference", "95 % interval", "p", "p, Wilcoxon", "d", "positive"], rows)
+
+
+def shapes_table(toy: Part) -> str:
+    names = ("curve_distance", "noise_kept", "band_widths", "sliced_wasserstein")
+
+    def cells(title: str, sigma: str, error: str, measures: Mapping[str, Any]) -> list[str]:
+        distance, kept, widths, wasserstein = (np.asarray(measures[name]) for name in names)
+        return [
+            title,
+            sigma,
+            error,
+            f"{distance:.4f}",
+            f"{kept:.3f}",
+            *(f"{w:.4f}" for w in widths),
+            f"{wasserstein:.4f}",
+        ]
+
+    rows = [
+        cells(
+            title,
+            f"{row['sigma']:.4g}",
+            f"{math.sqrt(row['mse']):.4f}",
+            {name: np.mean([member[name] for member in members], axis=0) for name in names},
+        )
+        for title, row, members in rows_of(toy)
+    ]
+    rows.append(cells("true points", "", "0", toy.summary["true_measures"]))
+    titles = ["", "sigma", "error", "from the curve", "noise kept", "band, moderate", "small", "large", "Wasserstein"]
+    return table(titles, rows)
+
+
+def images_table(part: Part) -> str:
+    rows = [
+        [
+            title,
+            f"{row['sigma']:.4g}",
+            spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
+            f"{row['elbo_paper']:.2f}",
+            f"{row['kl']:.2f}",
+            f"{255.0 * math.sqrt(row['mse']):.2f}",
+            f"{row.get('sharpness', math.nan):.3f}",
+            f"{row.get('sample_noise', math.nan):.4f}",
+            row["diagnosis"],
+        ]
+        for title, row, _ in rows_of(part)
+    ]
+    titles = [
+        "",
+        "sigma",
+        "ELBO",
+        "in the paper",
+        "KL",
+        "error [grey levels]",
+        "sharpness",
+        "sample noise",
+        "diagnosis",
+    ]
+    note = (
+        "Densities at the pixel values k/255, not likelihoods of images: no code has more than "
+        f"{part.summary['rows'][0]['bound']:.1f} nats. sharpness: Laplacian energy of reconstructions by that of the "
+        "originals; sample noise: root mean square distance of generated samples from their means, pixels on [0, 1]."
+    )
+    return table(titles, rows) + "\n\n" + note
+
+
+def quality_table(quality: Mapping[str, Any]) -> str:
+    rows = [
+        [row["row"], f"{row['classifier_frechet_distance']:.4g}", f"{row['precision']:.4f}", f"{row['recall']:.4f}"]
+        for row in quality["rows"]
+    ]
+    note = (
+        f"Features of a classifier trained here (test accuracy {quality['classifier_accuracy']:.4f}), "
+        f"{quality['num_images']} images of each against the test split; no FIDs."
+    )
+    return table(["", "classifier Frechet distance", "precision", "recall"], rows) + "\n\n" + note

@@ -1,0 +1,188 @@
+"""Regenerates every table and figure of the paper, and says claim by claim whether it holds, with the evidence.
+
+  python -m experiments.paper --scale=cpu
+
+runs the parts of that scale one after another, each below runs/paper_cpu/ as its own experiment would, and writes
+report.html, one page that needs nothing else, and the same as report.md beside figures/. The same command goes on where
+it was stopped, runs no finished part again, and writes the report anew.
+
+| scale | sphere | toy | MNIST | CelebA |
+|---|---|---|---|---|
+| smoke | 1 seed, 20 steps | 2 seeds, 20 steps | fake images, 3 steps | |
+| cpu | 1 seed, 2,000 steps | 10 seeds, 3,000 steps | 2 seeds, 2 epochs | |
+| full | 3 seeds, 6,000 steps | 10 seeds, 3,000 steps | 3 seeds, 1,000 epochs | 1 seed, 200 epochs |
+
+On two CPU cores smoke takes some 2.4 minutes; cpu took 99 while they had other work to do; full is for an accelerator.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import claims, command, hypersphere, page, quality, sigma_sweep
+from experiments.claims import Claim, Part
+from experiments.report import VARIANTS
+from lvae_jax import runs
+
+Config = hypersphere.Config | sigma_sweep.Config
+
+TOY = sigma_sweep.configure(sigma=(1.0, 0.3, 0.1, 0.03, 0.01), variants=tuple(VARIANTS), num_seeds=10)
+IMAGES: dict[str, Any] = {"sigma": (0.7071,), "variants": ("f", "ls", "lv")}  # sigma^2 = 1/2, the usual sum of squares
+SMALL: dict[str, Any] = {"num_seeds": 2, "num_blocks": 1}
+
+SCALES: dict[str, dict[str, Config]] = {
+    "smoke": {
+        "sphere": hypersphere.Config(dims=(3,), sigma=(0.5, 1.3), num_seeds=1, num_steps=20),
+        "toy": TOY._replace(sigma=(1.0, 0.1), num_steps=20, widths=(8,), **SMALL),
+        "mnist": sigma_sweep.configure(
+            dataset="mnist", fake_data=True, num_steps=3, latent_size=4, widths=(4, 4), **IMAGES, **SMALL
+        ),
+    },
+    "cpu": {
+        "sphere": hypersphere.Config(num_seeds=1),
+        "toy": TOY,
+        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
+    },
+    "full": {
+        "sphere": hypersphere.Config(num_seeds=3, num_steps=6000),
+        "toy": TOY,
+        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=3, num_steps=600_000, **IMAGES),
+        "celeb_a": sigma_sweep.configure(dataset="celeb_a", num_seeds=1, num_steps=325_600, **IMAGES),
+    },
+}
+PARTS = tuple(SCALES["full"])
+
+
+def run(
+    scale: str,
+    *,
+    parts: Sequence[str] = PARTS,
+    run_dir: str | None = None,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    celeba_dir: str | None = None,
+    echo: Callable[[str], None] = print,
+) -> list[Claim]:
+    """Runs, or goes on with, those of the scale's `parts` that are not finished, writes the report of all that are, and
+    returns its claims.
+
+    Raises:
+      command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained.
+    """
+    places = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
+    chosen = {name: config for name, config in SCALES[scale].items() if name in parts}
+    if set(parts) - set(PARTS) or not chosen:
+        raise command.UsageError(f"--parts={','.join(parts)}: give some of {', '.join(SCALES[scale])}")
+    path = Path(run_dir or f"runs/paper_{scale}").expanduser()
+    runs.find_run(path, {"scale": scale})
+    for config in chosen.values():
+        if isinstance(config, hypersphere.Config):
+            hypersphere.check(config)
+        else:
+            sigma_sweep.check(config, **places)
+    runs.make_run(path, {"scale": scale})
+    for name, config in chosen.items():
+        echo(f"{name}: {command_line(config)}")
+        began = time.monotonic()
+        try:
+            run_part(config, str(path / name), places, echo)
+        finally:  # an interrupted part has taken time, too
+            times = read_times(path)
+            times[name] = times.get(name, 0.0) + time.monotonic() - began
+            runs.write_json(path / "times.json", times)
+    return write_report(scale, path, echo)
+
+
+def run_part(config: Config, run_dir: str, places: Mapping[str, Any], echo: Callable[[str], None]) -> None:
+    """Runs one experiment, and what judges its images by their labels where there are some."""
+    if isinstance(config, hypersphere.Config):
+        hypersphere.run(config, run_dir=run_dir, echo=echo)
+        return
+    sigma_sweep.run(config, run_dir=run_dir, **places, echo=echo)
+    if config.dataset == "mnist" and not config.fake_data:
+        quality.run(run_dir, data_dir=places["data_dir"], manual_dir=places["manual_dir"], echo=echo)
+
+
+def read_times(path: Path) -> dict[str, float]:
+    """The seconds that each part has taken so far, over all calls."""
+    file = path / "times.json"
+    return runs.read_json(file) if file.exists() else {}
+
+
+def command_line(config: Config) -> str:
+    """What runs this part alone."""
+    if isinstance(config, hypersphere.Config):
+        name, defaults = "hypersphere", hypersphere.Config()._asdict()
+    else:
+        name, defaults = "sigma_sweep", sigma_sweep.configure(dataset=config.dataset)._asdict()
+        defaults["dataset"] = sigma_sweep.Config().dataset
+
+    def flag(key: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return f"--{'' if value else 'no'}{key}"
+        values = value if isinstance(value, tuple) else (value,)
+        return f"--{key}=" + ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+
+    given = [flag(key, value) for key, value in config._asdict().items() if value != defaults[key]]
+    return " ".join([f"python -m experiments.{name}", *given])
+
+
+def read_parts(scale: str, path: Path) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
+    """The scale's finished parts, and the quality of their images where it was measured."""
+    parts, judged = {}, {}
+    for name in SCALES[scale]:
+        if not (path / name / "summary.json").exists():
+            continue
+        lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for line in runs.read_metrics(path / name):
+            lines.setdefault((line["group"], line["member"]), []).append(line)
+        metrics = {
+            member: {name: np.array([line[name] for line in of_member]) for name in of_member[0] if name != "group"}
+            for member, of_member in lines.items()
+        }
+        parts[name] = Part(runs.read_json(path / name / "summary.json"), metrics)
+        if (path / name / "quality.json").exists():
+            judged[name] = runs.read_json(path / name / "quality.json")
+    return parts, judged
+
+
+def write_report(scale: str, path: Path, echo: Callable[[str], None]) -> list[Claim]:
+    """Writes report.md, figures/ and report.html from the parts that are finished; returns the claims."""
+    parts, judged = read_parts(scale, path)
+    found = claims.all_claims(parts, judged)
+    figures = page.figures(path, parts)
+    commands = {name: command_line(config) for name, config in SCALES[scale].items()}
+    text = page.compose(scale, found, parts, judged, commands=commands, times=read_times(path))
+    for name, png in figures.items():
+        runs.replace(path / name, functools.partial(Path.write_bytes, data=png))
+    runs.replace(path / "report.md", functools.partial(Path.write_text, data=text))
+    runs.replace(path / "report.html", functools.partial(Path.write_text, data=page.html(text, figures)))
+    for claim in found:
+        echo(f"{claim.name:10} {claim.verdict:15} {claim.title}")
+    echo(f"the report: {path / 'report.html'}, {path / 'report.md'}")
+    return found
+
+
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    flags.DEFINE_enum("scale", "cpu", list(SCALES), "how much to run")
+    flags.DEFINE_list("parts", list(PARTS), "which of the scale's parts to run now; the report has all finished ones")
+    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
+    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
+    flags.DEFINE_string(
+        "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
+    )
+
+
+def main() -> None:
+    run(flags.FLAGS.scale, **command.values(("parts", "run_dir", "data_dir", "manual_dir", "celeba_dir")))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.start("paper", main)

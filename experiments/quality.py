@@ -1,0 +1,227 @@
+"""How real the images of a finished sweep look: samples and means of p(x|z), z from the prior, beside the test split.
+
+  python -m experiments.quality --run_dir=RUN
+
+trains a small classifier on the labels of the run's training images, and prints for each row of the run the Frechet
+distance, the precision and the recall of its features, between as many generated images and the whole test split. As a
+yardstick, the same for as many training images. They go to RUN/quality.json; the same command reports them again.
+
+The numbers belong to this classifier: they compare the rows of a table, and are no FIDs.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from experiments import command, generate, report, sigma_sweep
+from lvae_jax import datasets, evaluation, generation, images, networks, runs
+from lvae_jax import vae as vae_lib
+
+Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
+"""Of images in [0, 1]; a pretrained network can take the place of `train_classifier`'s."""
+
+Generated = tuple[Float[np.ndarray, "N H W C"], Float[np.ndarray, "N H W C"]]
+
+CHUNK = 500  # images that are generated at once
+
+
+class Classifier(NamedTuple):
+    """features: of images, 64 of each, see `Features`; classify: their most probable labels."""
+
+    features: Features
+    classify: Callable[[Float[np.ndarray, "N H W C"]], Int[np.ndarray, " N"]]
+
+
+def train_classifier(
+    key: Key[Array, ""],
+    images: UInt8[np.ndarray, "N H W C"],
+    labels: Int[np.ndarray, " N"],
+    *,
+    num_steps: int = 1000,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+) -> Classifier:
+    """Trains `networks.classifier` on the cross entropy of batches drawn with replacement, by Adam, its rate decayed to
+    zero by a half cosine.
+
+    Raises:
+      ValueError: there is not one label from 0 on for each image.
+    """
+    if labels.shape != images.shape[:1] or labels.min() < 0:
+        raise ValueError(f"give {len(images)} labels from 0 on, one for each image")
+    network = networks.classifier(images.shape[1:], int(labels.max()) + 1)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+    init_key, batch_key = jax.random.split(key)
+    del key
+
+    def loss(params: Any, x: Array, y: Array) -> Array:
+        _, logits = network.apply(params, x)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: tuple[Any, Any], step: Array, images: Array, labels: Array) -> tuple[Any, Any]:
+        params, opt_state = state
+        index = jax.random.randint(jax.random.fold_in(batch_key, step), (batch_size,), 0, len(images))
+        gradients = jax.grad(loss)(params, datasets.to_float(images[index]), labels[index])
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = network.init(init_key)
+    state = (params, optimizer.init(params))
+    examples = jax.device_put((np.asarray(images), np.asarray(labels)))
+    for step in range(num_steps):
+        state = train_step(state, np.int32(step), *examples)
+    params, _ = state
+
+    @jax.jit
+    def apply(x: Array, index: Array) -> tuple[Array, Array]:
+        features, logits = network.apply(params, x)
+        return features.T, jnp.argmax(logits, axis=-1)
+
+    return Classifier(
+        features=lambda x: evaluation.over_split(apply, x)[0].T,
+        classify=lambda x: evaluation.over_split(apply, x)[1],
+    )
+
+
+def score(
+    features: Features, real: Float[np.ndarray, "N D"], generated: Float[np.ndarray, "M H W C"]
+) -> dict[str, float]:
+    """The numbers of generated images, clipped to [0, 1] as they are shown, against the features of real ones."""
+    theirs = features(np.clip(generated, 0.0, 1.0))
+    frechet = {"classifier_frechet_distance": generation.frechet_distance(real, theirs)}
+    return frechet | generation.precision_and_recall(real, theirs)._asdict()
+
+
+def run(
+    run_dir: str | None,
+    *,
+    classifier_steps: int = 1000,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Scores a finished run of `sigma_sweep` on TFDS images with labels, or reports its scores again; returns what
+    RUN/quality.json holds.
+
+    Raises:
+      command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say; nothing has been written then.
+    """
+    if run_dir is None:
+        raise command.UsageError("--run_dir: give the directory of a finished run of experiments.sigma_sweep")
+    if classifier_steps < 1:
+        raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
+    path = Path(run_dir).expanduser()
+    config, summary = generate.read_run(path)
+    if config.dataset == "toy" or config.fake_data:
+        what = "of the toy" if config.dataset == "toy" else "with --fake_data"
+        raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like mnist")
+    file = path / "quality.json"
+    if file.exists():
+        quality = runs.read_json(file)
+        if quality.get("classifier_steps") != classifier_steps:
+            steps = quality.get("classifier_steps")
+            raise command.UsageError(
+                f"{file} was made with --classifier_steps={steps}: give the same, or move the file"
+            )
+        echo(table(quality))
+        return quality
+    places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir}
+    train_labels, test_labels = images.tfds_labels(config.dataset, **places)
+    dataset = datasets.load(config.dataset, **sigma_sweep.data_options(config), **places)
+    drawn = generators(path, config, summary)
+
+    classifier = train_classifier(jax.random.key(0), dataset.train, train_labels, num_steps=classifier_steps)
+    test = np.asarray(datasets.to_float(dataset.test))
+    against_test = functools.partial(score, classifier.features, classifier.features(test))
+    rows = [{"row": "training images"} | against_test(np.asarray(datasets.to_float(dataset.train[: len(test)])))]
+    for title, part in report.by_row(summary["members"]).items():
+        pairs = [drawn[member["group"]](len(test)) for member in part]
+        for kind, of_members in zip(("samples", "means"), zip(*pairs, strict=True), strict=True):
+            scores = [against_test(generated) for generated in of_members]
+            mean = {name: float(np.mean([values[name] for values in scores])) for name in scores[0]}
+            rows.append({"row": f"{title}: {kind}"} | mean)
+    quality = {
+        "rows": rows,
+        "num_images": len(test),
+        "num_seeds": config.num_seeds,
+        "classifier_accuracy": float(np.mean(classifier.classify(test) == test_labels)),
+        "classifier_steps": classifier_steps,
+    }
+    runs.write_json(file, quality)
+    echo(table(quality))
+    return quality
+
+
+def generators(
+    path: Path, config: sigma_sweep.Config, summary: dict[str, Any]
+) -> dict[str, Callable[[int], Generated]]:
+    """For each trained member of the run, by the name of its group, a function of N that draws N samples x ~ p(x|z),
+    z ~ p(z), and gives them with the means of p(x|z).
+
+    Raises:
+      runs.RunError: a checkpoint is missing or damaged.
+    """
+    shape = tuple(summary["shape"])
+
+    def program(variant: str) -> Callable[..., tuple[Array, ...]]:
+        vae = generate.make_vae(config, variant, shape)
+        return jax.jit(lambda key, params: vae_lib.generate(key, vae, params, num_samples=CHUNK)[:2])
+
+    def generator(draw: Callable[..., tuple[Array, ...]], member: dict[str, Any]) -> Callable[[int], Generated]:
+        weights = generate.restore(path, config, member["group"], member["variant"], shape)
+        params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
+        key = jax.random.fold_in(jax.random.key(member["seed"]), 6)
+
+        def generate_many(num_samples: int) -> Generated:
+            keys = [jax.random.fold_in(key, chunk) for chunk in range(-(-num_samples // CHUNK))]
+            chunks = [jax.device_get(draw(chunk_key, params)) for chunk_key in keys]
+            samples, means = (np.concatenate(parts)[:num_samples] for parts in zip(*chunks, strict=True))
+            return samples, means
+
+        return generate_many
+
+    programs = {variant: program(variant) for variant in config.variants}
+    return {member["group"]: generator(programs[member["variant"]], member) for member in summary["members"]}
+
+
+def table(quality: dict[str, Any]) -> str:
+    """The scores for people."""
+    rows = [
+        f"{row['row']:32}{row['classifier_frechet_distance']:14.4g}{row['precision']:12.4f}{row['recall']:9.4f}"
+        for row in quality["rows"]
+    ]
+    return f"""\
+{"":32}{"classifier FD":>14}{"precision":>12}{"recall":>9}
+{chr(10).join(rows)}
+Against the test split, {quality["num_images"]} images of each; mean over {quality["num_seeds"]} seeds. samples: x ~ \
+p(x|z), z ~ p(z), clipped to
+[0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and FD: Frechet distance, all of the features of a
+classifier trained on this data set's labels, test accuracy {quality["classifier_accuracy"]:.4f}: it is no FID, and \
+compares only within this
+table.
+"""
+
+
+def define_flags() -> None:
+    flags.adopt_module_key_flags(command)  # --help lists them too
+    flags.DEFINE_integer("classifier_steps", 1000, "gradient steps of the classifier, 128 images each")
+    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
+    flags.DEFINE_string("manual_dir", None, "folder with the original archives, instead of downloading them")
+
+
+def main() -> None:
+    run(**command.values(("run_dir", "classifier_steps", "data_dir", "manual_dir")))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.start("quality", main)

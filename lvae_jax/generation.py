@@ -1,0 +1,130 @@
+"""How well generated data match real data: distances between two sets of points or features, [N, D] and [M, D].
+
+All of it runs on the host, in float64. For images the points are features, and every number is one of these features:
+none of those here is an FID unless the features are Inception's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+
+class PrecisionRecall(NamedTuple):
+    """precision: the fraction of generated points that look real; recall: the fraction of real points that are
+    generated; both in [0, 1], 1 is best."""
+
+    precision: float
+    recall: float
+
+
+def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.ndarray, "M D"]) -> float:
+    """The squared Frechet distance, in squared units of the features, of the Gaussians with the sets' means m and
+    unbiased covariances C,
+
+      |m_a - m_b|^2 + tr C_a + tr C_b - 2 tr (C_a^(1/2) C_b C_a^(1/2))^(1/2)
+
+    which is also their squared Wasserstein-2 distance (Dowson and Landau, J. Multivariate Anal., 1982; of Inception's
+    features, the FID: Heusel et al., NeurIPS 2017). It is biased upwards by finite sets: compare only sets of the same
+    sizes.
+
+    With C = R^T R the last trace is the nuclear norm, the sum of singular values, of R_a R_b^T. Triangles R by QR of
+    the centred features are exact to rounding where a covariance, which squares them, has lost half of the digits.
+
+    Raises:
+      ValueError: a set has fewer than 2 points, or values that are not finite.
+    """
+    features_a, features_b = _points(features_a, at_least=2), _points(features_b, at_least=2)
+    mean_a, mean_b = features_a.mean(axis=0), features_b.mean(axis=0)
+    _, root_a = np.linalg.qr((features_a - mean_a) / np.sqrt(len(features_a) - 1))
+    _, root_b = np.linalg.qr((features_b - mean_b) / np.sqrt(len(features_b) - 1))
+    cross = np.sum(np.linalg.svd(root_a @ root_b.T, compute_uv=False))
+    square = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2.0 * cross
+    return max(float(square), 0.0)
+
+
+def precision_and_recall(
+    real: Float[np.ndarray, "N D"], generated: Float[np.ndarray, "M D"], *, k: int = 3, chunk_size: int = 500
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019, Eqs. 1 and 2).
+
+    The manifold of a set is the union of balls around its points, each as large as the distance to the k-th nearest
+    other point. Precision is the fraction of generated points in the real manifold, recall the fraction of real points
+    in the generated one.
+
+    Args:
+      chunk_size: points whose distances to all others, at most [chunk_size, max(N, M)], lie in memory at once.
+
+    Raises:
+      ValueError: k is not positive, a set has no more than k points, or values that are not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    real, generated = _points(real, at_least=k + 1), _points(generated, at_least=k + 1)
+    centre = real.mean(axis=0)  # distances are the same, and lose fewer digits
+    real, generated = real - centre, generated - centre
+    return PrecisionRecall(
+        precision=_fraction_in_manifold(generated, real, k, chunk_size),
+        recall=_fraction_in_manifold(real, generated, k, chunk_size),
+    )
+
+
+def sliced_wasserstein(
+    key: Key[Array, ""], a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"], *, num_directions: int = 256
+) -> float:
+    """The sliced Wasserstein-2 distance of two sets of points, in their units,
+
+      SW_2 = (E_d[W_2(<d, a>, <d, b>)^2])^(1/2),    d uniform on the unit sphere
+
+    by the mean over P = `num_directions` directions [P, D] (Bonneel et al., J. Math. Imaging Vis., 2015). In one
+    dimension, W_2^2 is the mean squared difference of the quantile functions: steps, of which the integral is exact for
+    sets of any sizes.
+
+    Raises:
+      ValueError: num_directions is not positive, a set is empty, or values are not finite.
+    """
+    if num_directions < 1:
+        raise ValueError(f"num_directions must be at least 1, got {num_directions}")
+    a, b = _points(a, at_least=1), _points(b, at_least=1)
+    directions = np.asarray(jax.random.normal(key, (num_directions, a.shape[1])), np.float64)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    size_a, size_b = len(a), len(b)
+    # Where either quantile function steps, in units of 1 / (N M).
+    steps = np.union1d(size_b * np.arange(size_a + 1), size_a * np.arange(size_b + 1))
+    quantiles_a = np.sort(directions @ a.T, axis=1)[:, steps[:-1] // size_b]
+    quantiles_b = np.sort(directions @ b.T, axis=1)[:, steps[:-1] // size_a]
+    squares = (quantiles_a - quantiles_b) ** 2 @ (np.diff(steps) / (size_a * size_b))
+    return float(np.sqrt(np.mean(squares)))
+
+
+def _points(points: np.ndarray, *, at_least: int) -> np.ndarray:
+    if len(points) < at_least:
+        raise ValueError(f"a set of {len(points)} points is too small: give at least {at_least}")
+    if not np.isfinite(points).all():
+        raise ValueError("all values must be finite")
+    return np.asarray(points, np.float64)
+
+
+def _fraction_in_manifold(points: np.ndarray, others: np.ndarray, k: int, chunk_size: int) -> float:
+    """The fraction of `points` within the k-nearest-neighbour manifold of `others`."""
+    radii = np.empty(len(others))  # squared
+    for start in range(0, len(others), chunk_size):
+        squares = _squared_distances(others[start : start + chunk_size], others)
+        row = np.arange(len(squares))
+        squares[row, start + row] = np.inf  # a point is not its own neighbour
+        radii[start + row] = np.partition(squares, k - 1, axis=1)[:, k - 1]
+    inside = 0
+    for start in range(0, len(points), chunk_size):
+        squares = _squared_distances(points[start : start + chunk_size], others)
+        inside += int(np.any(squares <= radii[None], axis=1).sum())
+    return inside / len(points)
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[N, M]; exactly 0 between points that coincide."""
+    scale = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None]
+    squares = scale - 2.0 * (a @ b.T)
+    # Where points coincide, rounding leaves less than this, of either sign.
+    squares[squares <= 4.0 * a.shape[1] * np.finfo(np.float64).eps * scale] = 0.0
+    return squares

@@ -1,0 +1,252 @@
+"""Where a fixed sigma stops a decoder from learning: the exact limit, linear VAEs trained to it, and the experiment."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import command, critical_sigma, sigma_sweep
+from lvae_jax import datasets, evaluation, likelihoods, runs, theory, toy, training
+from lvae_jax import vae as vae_lib
+from lvae_jax.networks import Network
+
+ROOT = Path(__file__).parents[1]
+
+# Linear VAEs on Gaussian data, whose principal stddevs these are
+
+STDDEVS = np.array([2.0, 1.0, 0.5, 0.2])
+SIGMAS = np.float32([0.4, 0.8, 1.6, 2.5])  # between them, and above all
+SIZE, LATENT_SIZE, NUM_STEPS = 256, 3, 3000
+
+
+def gaussian_data():
+    """[256, 4], rotated and shifted; the sample's own covariance has these stddevs, and no other number matters."""
+    rng = np.random.default_rng(0)
+    white = rng.standard_normal((SIZE, 4))
+    white = np.linalg.qr(white - white.mean(0))[0] * np.sqrt(SIZE)
+    rotation = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    return np.float32(white * STDDEVS @ rotation + [1.0, -2.0, 0.0, 0.5])
+
+
+def linear_vae(sigma):
+    """Of affine maps alone, and a stddev of q(z|x) that does not depend on x."""
+
+    def encode(params, x):
+        mean = x @ params["w"] + params["b"][None]
+        return mean, jnp.broadcast_to(params["log_stddev"][None], mean.shape)
+
+    def init(key):
+        weights = 0.1 * jax.random.normal(key, (4, LATENT_SIZE))
+        return {"w": weights, "b": jnp.zeros(LATENT_SIZE), "log_stddev": jnp.zeros(LATENT_SIZE)}
+
+    decoder = Network(
+        lambda key: {"w": 0.1 * jax.random.normal(key, (LATENT_SIZE, 4)), "b": jnp.zeros(4)},
+        lambda params, z: (z @ params["w"] + params["b"][None])[..., None],
+    )
+    return vae_lib.VAE(Network(init, encode), decoder, likelihoods.fixed(sigma), LATENT_SIZE)
+
+
+@pytest.fixture(scope="module")
+def linear_vaes():
+    """The data, and the parameters of a linear VAE for each of SIGMAS, trained by full batches of it."""
+    x, optimizer = gaussian_data(), training.optimizer(NUM_STEPS, learning_rate=5e-3)
+
+    def train(sigma):
+        vae = linear_vae(sigma)
+
+        def step(state, index):
+            key = jax.random.fold_in(jax.random.key(1), index)
+            return training.train_step(key, vae, optimizer, state, jnp.array(x), jnp.arange(SIZE))[0], None
+
+        return jax.lax.scan(step, training.init(jax.random.key(0), vae, optimizer), jnp.arange(NUM_STEPS))[0].params
+
+    params = jax.jit(jax.vmap(train))(SIGMAS)
+    return x, [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(len(SIGMAS))]
+
+
+def exact_terms(x, params, sigma):
+    """The mean log likelihood and KL, the expectation over z in closed form: E|x - Wz - b|^2 has the trace of W diag
+    s^2 W^T beside the error of the mean."""
+    encoder, decoder = (jax.tree.map(np.float64, params[part]) for part in ("encoder", "decoder"))
+    mean, stddev = x @ encoder["w"] + encoder["b"], np.exp(encoder["log_stddev"])
+    error = np.sum((x - mean @ decoder["w"] - decoder["b"]) ** 2, axis=1).mean()
+    error += stddev**2 @ np.sum(decoder["w"] ** 2, axis=1)
+    kl = 0.5 * np.sum(mean**2 + stddev**2 - 1.0 - 2.0 * np.log(stddev), axis=1).mean()
+    return -0.5 * error / sigma**2 - 2.0 * np.log(2.0 * np.pi * sigma**2), kl
+
+
+@pytest.mark.parametrize("index", range(len(SIGMAS)))
+def test_linear_vaes_reach_the_exact_limit_and_use_the_directions_above_sigma(linear_vaes, index):
+    x, params = linear_vaes[0], linear_vaes[1][index]
+    sigma = float(SIGMAS[index])
+    log_likelihood, kl = exact_terms(x, params, sigma)
+    stddevs = theory.principal_stddevs([x])
+    np.testing.assert_allclose(stddevs, STDDEVS, rtol=1e-5)
+    best = theory.linear_best_elbo(sigma, stddevs, num_dimensions=4, latent_size=LATENT_SIZE)
+    # Both in closed form, so that no draw blurs them: what is missing is what training left, and nothing exceeds.
+    assert best - 2e-3 < log_likelihood - kl < best + 1e-6
+    keys = datasets.example_keys(jax.random.key(2), jnp.arange(SIZE))
+    terms = vae_lib.elbo(keys, linear_vae(sigma), params, jnp.array(x))
+    found = evaluation.diagnostics(evaluation.details(terms, jnp.array(x), floor=0.0))
+    assert found.active_directions == np.sum(sigma < STDDEVS)
+    draws = np.float64(terms.elbo)
+    assert abs(draws.mean() - log_likelihood + kl) < 4.0 * draws.std() / np.sqrt(SIZE), "the bound is that of `elbo`"
+
+
+def test_above_the_critical_sigma_a_linear_vae_collapses_to_the_mean(linear_vaes):
+    x, params = linear_vaes[0], linear_vaes[1][-1]
+    assert SIGMAS[-1] > STDDEVS[0]
+    assert exact_terms(x, params, float(SIGMAS[-1]))[1] < 1e-3
+    assert np.abs(params["decoder"]["w"]).max() < 0.05
+    np.testing.assert_allclose(params["decoder"]["b"], x.mean(0), atol=0.05)
+
+
+# The experiment
+
+
+def compute(config, run_dir, **options):
+    lines = []
+    summary = critical_sigma.run(config, run_dir=str(run_dir), echo=lines.append, **options)
+    return summary, "\n".join(lines)
+
+
+def test_the_toy_s_critical_sigma_is_the_one_of_its_equations(tmp_path):
+    summary, text = compute(critical_sigma.Config(dataset="toy", sigma=(0.5, 1.0, 3.0)), tmp_path / "run")
+    n, noise = critical_sigma.STREAM_SIZE, np.mean(np.square(toy.NOISE))
+    exact = np.sqrt([np.pi**2 / 3.0 + noise, 0.5 + noise])
+    # The square of a uniform variable on (-pi, pi) has variance 4 pi^4 / 45, that of the cosine 1/8.
+    errors = np.sqrt([4.0 * np.pi**4 / 45.0, 0.125]) / np.sqrt(n) / (2.0 * exact)
+    assert np.all(np.abs(summary["principal_stddevs"] - exact) < 4.5 * errors)
+    assert summary["critical_sigma"] == summary["principal_stddevs"][0]
+    assert [row["directions"] for row in summary["rows"]] == [2, 1, 0]
+    expected = theory.linear_best_elbo(
+        np.array([0.5, 1.0, 3.0]), np.array(summary["principal_stddevs"]), num_dimensions=2, latent_size=2
+    )
+    np.testing.assert_allclose([row["linear_elbo"] for row in summary["rows"]], expected)
+    assert summary["num_examples"] == n
+    assert f"critical sigma: {summary['critical_sigma']:.4g}, unit: toy length" in text
+    assert (tmp_path / "run" / "figures" / "directions.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+@pytest.fixture(scope="module")
+def fake_sweep(tmp_path_factory):
+    """A finished sweep of fake MNIST, with F-VAEs at two sigmas."""
+    config = sigma_sweep.Config(
+        dataset="mnist",
+        fake_data=True,
+        sigma=(0.5, 5.0),
+        variants=("f",),
+        num_seeds=1,
+        num_steps=1,
+        batch_size=2,
+        latent_size=2,
+        widths=(2,),
+        num_blocks=1,
+    )
+    run_dir = tmp_path_factory.mktemp("sweep") / "run"
+    return run_dir, sigma_sweep.run(config, run_dir=str(run_dir), echo=lambda line: None)
+
+
+FAKE = critical_sigma.Config(fake_data=True)
+
+
+def test_fake_images_beside_trained_vaes(fake_sweep, tmp_path):
+    sweep_dir, sweep = fake_sweep
+    summary, text = compute(FAKE._replace(sigma=(0.1,), compare=str(sweep_dir)), tmp_path / "run")
+    train = datasets.load("mnist", fake_data=True).train
+    pixels = np.float64(train.reshape(len(train), -1)) / 255.0
+    variances = np.linalg.eigvalsh(np.cov(pixels.T, bias=True))[::-1]
+    assert summary["critical_sigma"] == pytest.approx(np.sqrt(variances[0]), rel=1e-5)
+    assert summary["num_examples"] == len(train)
+    assert summary["num_dimensions"] == 784
+    assert summary["unit"] == "pixel on [0, 1]"
+    rows = summary["rows"]
+    assert [row["sigma"] for row in rows] == [0.1, 0.5, 5.0], "those of the table and those of the sweep"
+    assert [row["directions"] for row in rows] == [int(np.sum(variances > sigma**2)) for sigma in (0.1, 0.5, 5.0)]
+    assert "trained_elbo" not in rows[0]
+    for row, theirs in zip(rows[1:], sweep["rows"], strict=True):
+        for name in ("elbo", "elbo_sd", "active_units", "active_directions", "num_seeds"):
+            assert row[f"trained_{name}"] == theirs[name]
+        assert f"{theirs['elbo']:.4f}" in text
+
+
+def test_by_default_the_sigmas_go_up_to_the_critical_one_and_a_finished_run_is_only_reported(tmp_path, monkeypatch):
+    summary, first = compute(FAKE, tmp_path / "run")
+    sigmas = [row["sigma"] for row in summary["rows"]]
+    assert sigmas[-1] == pytest.approx(summary["critical_sigma"])
+    np.testing.assert_allclose(np.diff(np.log(sigmas)), np.log(100.0) / 11.0, rtol=1e-6)
+    directions = [row["directions"] for row in summary["rows"]]
+    assert directions == sorted(directions, reverse=True)
+    monkeypatch.delattr(critical_sigma, "measure")
+    again, second = compute(FAKE, tmp_path / "run")
+    assert again == summary
+    table = critical_sigma.table(summary)
+    assert table in first
+    assert second.splitlines()[0].endswith("is finished")
+    assert second.endswith(table)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (FAKE, {"flags": {"dataset": "fashion_mnist"}}, "made with --dataset=fashion_mnist, give the same here"),
+        (FAKE._replace(fake_data=False), {}, "made with --fake_data=True, give the same here"),
+        (FAKE, {"summary": {"rows": [{"variant": "ls"}]}}, "has no F-VAE, run its command with f in --variants"),
+        (FAKE, {"summary": None}, "no finished run there"),
+        (FAKE, {"flags": None}, "cannot be read"),
+    ],
+)
+def test_a_run_that_cannot_stand_beside_is_refused_in_one_line(fake_sweep, tmp_path, config, change, message):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("flags", "summary"):
+        part = change.get(name, {})
+        if part is not None:
+            runs.write_json(theirs / f"{name}.json", runs.read_json(fake_sweep[0] / f"{name}.json") | part)
+    with pytest.raises((command.UsageError, runs.RunError), match=message) as error:
+        compute(config._replace(compare=str(theirs)), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": (0.1, 0.0)}, "--sigma=0: every sigma must be a number from 1e-6 to 1e6"),
+        ({"sigma": (float("nan"),)}, "--sigma=nan"),
+        ({"sigma": (-1.0,)}, "--sigma=-1"),
+        ({"compare": "nowhere"}, "--compare=nowhere: no finished run there"),
+        ({"dataset": "nonesuch"}, "unknown data set 'nonesuch'"),
+        ({"dataset": "toy"}, "--fake_data is for images"),
+        ({"image_size": 28}, "--image_size is for CelebA"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(tmp_path, change, message):
+    with pytest.raises((command.UsageError, datasets.DatasetError), match=message) as error:
+        compute(FAKE._replace(**change), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sigma=0.1,x"], "--sigma=0.1,x: every value must be a number"),
+        (["--dataset=toy", "--nonesuch"], "Unknown command line flag"),
+        (["--dataset=toy", "--compare=nowhere"], "no finished run there"),
+    ],
+)
+def test_the_command_ends_in_one_line(tmp_path, arguments, message):
+    words = [sys.executable, "-m", "experiments.critical_sigma", *arguments, f"--run_dir={tmp_path / 'run'}"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert result.stderr.startswith("critical_sigma: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

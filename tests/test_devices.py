@@ -1,0 +1,272 @@
+"""One device, eight devices and two processes train to the same numbers, and continue each other's checkpoints.
+
+Run as a program, this file trains on whatever devices there are; the tests start it in processes of their own and
+compare what these leave.
+"""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tqdm
+
+from experiments import loop
+from lvae_jax import datasets, likelihoods, networks, runs
+from lvae_jax import vae as vae_lib
+
+ROOT = Path(__file__).parents[1]
+BATCH, STEPS, LATENT = 16, 6, 3
+
+
+def images():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    return datasets.image_dataset(pixels, pixels[:5])
+
+
+def make_vae(head, shape, sigma):
+    likelihood = head(sigma)
+    return vae_lib.VAE(
+        networks.mlp_encoder(shape, LATENT, width=8, num_blocks=1),
+        networks.mlp_decoder(shape, likelihood.outputs, LATENT, width=8, num_blocks=1),
+        likelihood,
+        LATENT,
+    )
+
+
+def standard_vae(draws, shape, sigma):
+    """Whatever x is, z is a standard normal draw; `draws` collects them."""
+    likelihood = likelihoods.fixed(sigma)
+
+    def encode(params, x):
+        return jnp.zeros((len(x), LATENT)) * params, jnp.zeros((len(x), LATENT)) * params
+
+    def decode(params, z):
+        jax.debug.callback(lambda z: draws.append(np.asarray(z)), z)
+        return jnp.broadcast_to(params, (len(z), *shape, 1))
+
+    encoder, decoder = (networks.Network(lambda key: jnp.zeros(()), apply) for apply in (encode, decode))
+    return vae_lib.VAE(encoder, decoder, likelihood, LATENT)
+
+
+class Job:
+    """A group, compiled once, to be trained as the experiments do."""
+
+    def __init__(self, name, dataset, model, *, seeds=(0,), sigmas=(0.5,), ema_decay=0.0):
+        self.traces = []
+        self.dataset = dataset
+
+        def traced(sigma):
+            self.traces.append(sigma)
+            return model(dataset.shape, sigma)
+
+        self.programs = loop.compile_programs(dataset, traced, num_steps=STEPS, beta=1.0, ema_decay=ema_decay)
+        self.group = loop.Group(name, np.asarray(seeds, np.int32), np.asarray(sigmas))
+
+    def train(self, folder):
+        with tqdm.tqdm(disable=True) as bar:
+            arguments = (folder, self.group, self.programs, self.dataset, loop.place(self.dataset))
+            return loop.fit(*arguments, num_steps=STEPS, batch_size=BATCH, bar=bar)
+
+    def interrupt(self, folder):
+        """Trains until the checkpoint of half of the steps has been made."""
+        append = runs.append_metrics
+
+        def stop(run_dir, lines):
+            if lines[0]["step"] > STEPS // 2:
+                raise KeyboardInterrupt
+            append(run_dir, lines)
+
+        runs.append_metrics, loop.CHECKPOINT_SECONDS = stop, 0.0
+        with pytest.raises(KeyboardInterrupt):
+            self.train(folder)
+        runs.append_metrics, loop.CHECKPOINT_SECONDS = append, 60.0
+
+
+# Ten members do not divide by eight devices.
+JOBS = {
+    "lv": (images, likelihoods.learned_vector, {}),
+    "optimal": (images, likelihoods.optimal, {"ema_decay": 0.9}),
+    "members": (datasets.toy_stream, likelihoods.fixed, {"seeds": range(10), "sigmas": np.geomspace(1.0, 0.1, 10)}),
+}
+
+
+def train_all(folder):
+    for name, (dataset, head, options) in JOBS.items():
+        job = Job(name, dataset(), functools.partial(make_vae, head), **options)
+        job.interrupt(folder / "interrupted")
+        states, record = job.train(folder)
+        leaves = {f"leaf{index}": leaf for index, leaf in enumerate(jax.tree.leaves(states))}
+        np.savez(folder / f"{name}-{jax.process_index()}", record=record, traces=len(job.traces), **leaves)
+        if name == "lv":
+            loop.RESIDENT_BYTES, resident = 0, loop.RESIDENT_BYTES
+            assert loop.place(job.dataset) is None
+            jax.tree.map(np.testing.assert_array_equal, job.train(folder / "streamed"), (states, record))
+            loop.RESIDENT_BYTES = resident
+    draws = []
+    Job("draws", images(), functools.partial(standard_vae, draws)).train(folder / "draws")
+    jax.effects_barrier()
+    np.save(folder / f"draws-{jax.process_index()}", np.concatenate(draws))
+
+
+def resume_all(folder):
+    for name, (dataset, head, options) in JOBS.items():
+        Job(name, dataset(), functools.partial(make_vae, head), **options).train(folder / "interrupted")
+
+
+if __name__ == "__main__":
+    work, folder, *process = sys.argv[1:]
+    if process:
+        loop.connect(distributed=False, coordinator_address=process[0], num_processes=2, process_id=int(process[1]))
+    {"train": train_all, "resume": resume_all}[work](Path(folder))
+
+
+def start(*command, num_devices=1):
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process):
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    return stdout, stderr
+
+
+def free_address():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return f"localhost:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What was left by one device, which went on with the interrupted jobs of eight; by eight, which went on with those
+    of one; and by two processes."""
+    path = tmp_path_factory.mktemp("devices")
+    folders = {name: path / name for name in ("one", "eight", "two")}
+    for folder in folders.values():
+        folder.mkdir()
+    finish(start(__file__, "train", str(folders["one"])))
+    finish(start(__file__, "train", str(folders["eight"]), num_devices=8))
+    finish(start(__file__, "resume", str(folders["one"]), num_devices=8))
+    finish(start(__file__, "resume", str(folders["eight"])))
+    address = free_address()
+    for process in [start(__file__, "train", str(folders["two"]), address, str(index)) for index in range(2)]:
+        finish(process)
+    return folders
+
+
+def metrics(folder, name):
+    """[steps * members, fields], and the names of the fields."""
+    lines = [line for line in runs.read_metrics(folder) if line["group"] == name]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    return np.array([[line[field] for field in lines[0] if field != "group"] for line in lines])
+
+
+def arrays(folder, name, process=0):
+    return dict(np.load(folder / f"{name}-{process}.npz"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["eight", "two"])
+@pytest.mark.parametrize("name", JOBS)
+def test_any_devices_train_to_the_same_numbers(folders, devices, name):
+    one = metrics(folders["one"], name)
+    assert len(one) == STEPS * (10 if name == "members" else 1)
+    np.testing.assert_allclose(metrics(folders[devices], name), one, rtol=1e-4)
+    ours, theirs = arrays(folders[devices], name), arrays(folders["one"], name)
+    assert ours.keys() == theirs.keys()
+    for leaf in ours:
+        np.testing.assert_allclose(ours[leaf], theirs[leaf], rtol=1e-4, atol=1e-4, err_msg=leaf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_all_processes_have_the_same_state(folders, name):
+    first, second = (arrays(folders["two"], name, process) for process in range(2))
+    for leaf in first:
+        np.testing.assert_array_equal(first[leaf], second[leaf])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved_on", "gone_on_with"), [("one", "eight"), ("eight", "one")])
+@pytest.mark.parametrize("name", JOBS)
+def test_a_checkpoint_serves_other_devices(folders, saved_on, gone_on_with, name):
+    resumed = metrics(folders[saved_on] / "interrupted", name)
+    np.testing.assert_allclose(resumed, metrics(folders[gone_on_with], name), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["one", "eight", "two"])
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_is_traced_again(folders, devices, name):
+    assert arrays(folders[devices], name)["traces"] == 2  # init and steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["one", "eight", "two"])
+def test_no_two_examples_draw_the_same_noise_and_no_device_its_own(folders, devices):
+    def draws(name, count=1):
+        parts = [np.load(folders[name] / f"draws-{process}.npy") for process in range(count)]
+        return np.concatenate(parts).reshape(-1, LATENT)
+
+    ours = draws(devices, 2 if devices == "two" else 1)
+    assert len(ours) == STEPS * BATCH
+    assert len(np.unique(ours)) == STEPS * BATCH * LATENT
+    np.testing.assert_allclose(np.sort(ours, axis=0), np.sort(draws("one"), axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_command_and_one_of_them_writes(tmp_path):
+    flags = ["--num_steps=4", "--num_seeds=2", "--variants=ls", "--widths=8", "--num_blocks=1", "--batch_size=10"]
+    command, address = ("-m", "experiments.sigma_sweep", *flags), free_address()
+    pair = [
+        start(
+            *(*command, f"--run_dir={tmp_path / 'two'}", f"--coordinator_address={address}"),
+            *("--num_processes=2", f"--process_id={process}"),
+        )
+        for process in range(2)
+    ]
+    (printed, _), (nothing, progress) = map(finish, pair)
+    assert "LS-VAE" in printed
+    assert all(line.startswith("[Gloo]") for line in nothing.splitlines()), "which its library prints"
+    assert "step/s" not in progress
+    finish(start(*command, f"--run_dir={tmp_path / 'one'}"))
+    # What pmap and what jit compile may round differently.
+    np.testing.assert_allclose(metrics(tmp_path / "two", "ls"), metrics(tmp_path / "one", "ls"), rtol=1e-5)
+    two, one = (runs.read_json(tmp_path / name / "summary.json")["rows"][0] for name in ("two", "one"))
+    assert two["elbo"] == pytest.approx(one["elbo"], rel=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_done(tmp_path):
+    command = ("-m", "experiments.sigma_sweep", "--dataset=mnist", f"--run_dir={tmp_path / 'run'}")
+    process = start(*command, num_devices=8)
+    stdout, stderr = process.communicate()
+    assert process.returncode != 0
+    assert "give a multiple of 8" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on():
+    def batches(first):
+        if first == 7:
+            raise OSError("no such block")
+        return first * first
+
+    assert list(loop.prefetch(batches, range(7))) == [first * first for first in range(7)]
+    made = []
+    for first in loop.prefetch(lambda first: made.append(first) or first, range(10)):
+        assert len(made) <= first + 1 + loop.PREFETCH
+    with pytest.raises(OSError, match="no such block"):
+        list(loop.prefetch(batches, range(10)))

@@ -1,0 +1,153 @@
+"""The paper's report: from made-up parts in a moment, and, marked slow, the smoke scale from end to end."""
+
+import json
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from experiments import command, hypersphere, page, paper, sigma_sweep
+from experiments.report import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_command(line, *arguments):
+    words = [sys.executable, *shlex.split(line)[1:], *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+class Reader(HTMLParser):
+    """The tags of a page, and whether they are closed in order."""
+
+    VOID = ("meta", "img", "br", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.headings, self.open, self.cells = [], [], [], 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.cells += tag == "td"
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:  # <img /> comes here too
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
+
+
+def test_each_part_s_command_is_what_was_run():
+    line = paper.command_line(sigma_sweep.configure(dataset="mnist", sigma=(0.7071,), num_steps=7, fake_data=True))
+    assert line == "python -m experiments.sigma_sweep --sigma=0.7071 --dataset=mnist --num_steps=7 --fake_data"
+    line = paper.command_line(hypersphere.Config(dims=(3, 4), num_seeds=5))
+    assert line == "python -m experiments.hypersphere --dims=3,4 --num_seeds=5"
+    assert paper.command_line(sigma_sweep.Config()) == "python -m experiments.sigma_sweep"
+
+
+def test_every_scale_runs_every_variant_with_nothing_tuned_for_one():
+    for parts in paper.SCALES.values():
+        assert set(parts) <= set(paper.PARTS)
+        assert parts["toy"].variants == tuple(VARIANTS)
+    assert len(paper.SCALES["cpu"]["toy"].sigma) == 5
+    assert paper.SCALES["full"]["toy"].num_seeds == paper.SCALES["cpu"]["toy"].num_seeds == 10
+    assert paper.SCALES["full"]["mnist"].num_steps == 1000 * 60_000 // 100
+    assert paper.SCALES["full"]["celeb_a"].num_steps == 200 * -(-162_770 // 100)
+
+
+def test_a_page_needs_no_other_file():
+    text = "# Title\n\n| a | b |\n| --- | --- |\n| 1 \\| 2 | < 3 |\n\n![one](figures/one.png)\n"
+    reader = Reader(page.html(text, {"figures/one.png": b"\x89PNG"}))
+    assert not reader.open, "every tag is closed"
+    assert reader.headings == ["Title"]
+    assert reader.cells == 2
+    assert reader.images == [{"alt": "one", "src": "data:image/png;base64,iVBORw=="}]
+
+
+def test_cells_cannot_break_a_table():
+    assert page.table(["x"], [["p(x|z)"]]).splitlines()[-1] == "| p(x\\|z) |"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, mnist"),
+        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, mnist"),
+        ({"parts": []}, "--parts=: give some of"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused(tmp_path, options, message):
+    with pytest.raises(command.UsageError, match=message):
+        paper.run("smoke", run_dir=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_somebody_else_s_folder_is_left_alone(tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(paper.runs.RunError, match="is not empty and not a run directory"):
+        paper.run("smoke", run_dir=str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """What the command of the smoke scale leaves and prints."""
+    path = tmp_path_factory.mktemp("paper") / "run"
+    result = run_command("python -m experiments.paper --scale=smoke", f"--run_dir={path}")
+    assert result.returncode == 0, result.stderr
+    return path, result
+
+
+@pytest.mark.slow
+def test_the_smoke_scale_reports_every_claim(smoke):
+    path, result = smoke
+    text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
+    reader = Reader(page_text)
+    assert not reader.open
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Annealing"):
+        assert f"### {name}: " in text
+        assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
+        assert f"\n{name} " in result.stdout
+    assert "its verdicts say nothing of the paper" in text
+    for title in VARIANTS.values():
+        assert f"| {page.literal(title)} | " in text
+    assert len(reader.images) == 2 + 4 + 3
+    for image in reader.images:
+        assert image["src"].startswith("data:image/png;base64,")
+        assert image["alt"]
+    assert all((path / name).read_bytes()[:4] == b"\x89PNG" for name in page.figures(path, {"toy": None}))
+    assert "nan" not in text.lower().split()
+
+
+@pytest.mark.slow
+def test_finished_parts_are_not_run_again_and_their_commands_find_them(smoke):
+    path, _ = smoke
+    trained = {file: file.stat().st_mtime_ns for part in paper.SCALES["smoke"] for file in (path / part).rglob("*")}
+    times = json.loads((path / "times.json").read_text())
+    again = run_command("python -m experiments.paper --scale=smoke", f"--run_dir={path}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is finished") == 3
+    assert json.loads((path / "times.json").read_text()).keys() == times.keys()
+    for name, config in paper.SCALES["smoke"].items():
+        alone = run_command(paper.command_line(config), f"--run_dir={path / name}")
+        assert alone.returncode == 0, alone.stderr
+        assert "is finished" in alone.stdout
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+
+
+@pytest.mark.slow
+def test_a_report_of_some_parts_says_which_were_not_run(tmp_path):
+    found = paper.run("smoke", parts=["sphere"], run_dir=str(tmp_path / "run"), echo=lambda line: None)
+    assert [claim.verdict == "not run" for claim in found] == [False, *8 * [True]]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert text.count("**not run**") == 8 + 2, "claims and parts"

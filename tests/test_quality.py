@@ -1,0 +1,237 @@
+"""The quality of generated images: the classifier learns, its numbers tell good images from bad ones, and a run's rows
+are those of its trained members."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import command, generate, quality, report, sigma_sweep
+from lvae_jax import datasets, generation, images, runs
+
+ROOT = Path(__file__).parents[1]
+TRAIN, TEST = images.fake_images((12, 12, 1))
+CONFIG = sigma_sweep.configure(
+    dataset="mnist",
+    variants=("f", "ls", "replay"),
+    sigma=(0.5,),
+    num_seeds=2,
+    num_steps=6,
+    batch_size=8,
+    latent_size=3,
+    widths=(4,),
+    num_blocks=1,
+    ema_decay=0.5,
+)
+
+
+def classes(array):
+    """Dark, middle or bright."""
+    return np.digitize(array.mean(axis=(1, 2, 3)), [110, 145]).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def small_mnist():
+    """A data set of that name, with labels, made up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "tfds_images", lambda name, **options: (TRAIN, TEST))
+        patch.setattr(images, "tfds_labels", lambda name, **options: (classes(TRAIN), classes(TEST)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(small_mnist, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    return path, sigma_sweep.run(CONFIG, run_dir=str(path), echo=lambda line: None)
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return quality.train_classifier(jax.random.key(0), TRAIN, classes(TRAIN), num_steps=300, batch_size=32)
+
+
+def run(run_dir, **options):
+    return quality.run(str(run_dir), echo=lambda line: None, **options)
+
+
+SEEN = np.asarray(datasets.to_float(TEST))
+
+
+def test_the_classifier_learns_what_it_is_told(classifier):
+    assert np.bincount(classes(TEST)).min() > 20
+    assert np.mean(classifier.classify(SEEN) == classes(TEST)) > 0.9
+    told = quality.train_classifier(jax.random.key(0), TRAIN, 2 - classes(TRAIN), num_steps=300, batch_size=32)
+    assert np.mean(told.classify(SEEN) == 2 - classes(TEST)) > 0.9
+
+
+def test_the_classifier_is_a_function_of_its_key():
+    one, again, other = (
+        quality.train_classifier(jax.random.key(seed), TRAIN, classes(TRAIN), num_steps=3).features(SEEN)
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_features_are_an_image_s_own(classifier):
+    features = classifier.features(SEEN)
+    assert features.shape == (128, 64)
+    np.testing.assert_allclose(classifier.features(SEEN[5:8]), features[5:8], rtol=1e-5, atol=1e-5)
+    many = np.tile(SEEN, (9, 1, 1, 1))  # more than one chunk
+    np.testing.assert_allclose(classifier.features(many), np.tile(features, (9, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [classes(TRAIN)[1:], classes(TRAIN)[:, None], classes(TRAIN) - 1])
+def test_labels_that_do_not_fit(labels):
+    with pytest.raises(ValueError, match="give 384 labels from 0 on, one for each image"):
+        quality.train_classifier(jax.random.key(0), TRAIN, labels, num_steps=1)
+
+
+def test_the_more_noise_the_worse(classifier):
+    real = classifier.features(SEEN)
+    noise = np.random.default_rng(0).normal(size=SEEN.shape).astype(np.float32)
+    scores = [quality.score(classifier.features, real, SEEN + stddev * noise) for stddev in (0.0, 0.1, 0.3, 1.0)]
+    distances = [score["classifier_frechet_distance"] for score in scores]
+    assert distances[0] == pytest.approx(0.0, abs=1e-4)
+    assert distances == sorted(distances)
+    assert (scores[0]["precision"], scores[0]["recall"]) == (1.0, 1.0)
+    assert scores[3]["precision"] < 1.0
+    assert scores[3]["recall"] < 1.0
+
+
+def test_images_are_clipped_and_any_features_will_do():
+    shown = np.clip(3.0 * SEEN - 1.0, 0.0, 1.0)
+    score = quality.score(corner, corner(SEEN), 3.0 * SEEN - 1.0)
+    assert score["classifier_frechet_distance"] == generation.frechet_distance(corner(SEEN), corner(shown))
+    assert (score["precision"], score["recall"]) == generation.precision_and_recall(corner(SEEN), corner(shown))
+
+
+def corner(x):
+    return x[:, :3, :3].reshape(len(x), -1)
+
+
+@pytest.mark.slow
+def test_rows_are_the_means_of_members_and_the_yardstick_comes_first(run_dir, generators, monkeypatch):
+    monkeypatch.setattr(
+        quality,
+        "train_classifier",
+        lambda *arguments, **options: quality.Classifier(corner, lambda x: classes(255 * x)),
+    )
+    result = run(run_dir)
+    assert json.loads((run_dir / "quality.json").read_text()) == result
+    assert (result["num_images"], result["num_seeds"], result["classifier_accuracy"]) == (128, 2, 1.0)
+    rows = {row.pop("row"): row for row in result["rows"]}
+    titles = ["F-VAE, sigma = 0.5", "LS-VAE", "replayed F-VAE"]
+    expected = [f"{title}: {kind}" for title in titles for kind in ("samples", "means")]
+    assert list(rows) == ["training images", *expected]
+    assert rows["training images"] == quality.score(corner, corner(SEEN), np.asarray(datasets.to_float(TRAIN[:128])))
+    for title, part in report.by_row(json.loads((run_dir / "summary.json").read_text())["members"]).items():
+        pairs = [generators[member["group"]](128) for member in part]
+        for kind, index in (("samples", 0), ("means", 1)):
+            scores = [quality.score(corner, corner(SEEN), pair[index]) for pair in pairs]
+            for name, value in rows[f"{title}: {kind}"].items():
+                assert value == pytest.approx(np.mean([score[name] for score in scores]), rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def generators(finished):
+    return quality.generators(finished[0], *generate.read_run(finished[0]))
+
+
+@pytest.mark.slow
+def test_samples_are_a_member_s_own(generators, finished):
+    """Their distance to the means is the member's sigma, which the summary has."""
+    all_means = {}
+    for member in finished[1]["members"]:
+        samples, means = generators[member["group"]](700)
+        assert len(samples) == 700
+        rms = np.sqrt(np.mean((samples - means) ** 2))
+        assert rms == pytest.approx(member["sigma"], rel=0.02), member
+        assert len(np.unique(samples.reshape(700, -1), axis=0)) == 700, "no chunk is like another"
+        all_means[member["group"]] = means
+    assert len(all_means) == 6
+    for name, means in all_means.items():
+        same = [other for other in all_means if np.array_equal(means, all_means[other])]
+        assert same in ([name], [f"ls-{name[-1]}", f"replay-{name[-1]}"]), "replaying sigma(t) may repeat the LS-VAE"
+
+
+def test_a_scored_run_is_reported_again_and_never_overwritten(run_dir, monkeypatch):
+    monkeypatch.setattr(quality, "generators", lambda path, config, summary: fakes(config.variants))
+    first = run(run_dir, classifier_steps=2)
+    monkeypatch.setattr(datasets, "load", None)
+    lines = []
+    assert quality.run(str(run_dir), classifier_steps=2, echo=lines.append) == first
+    assert "F-VAE, sigma = 0.5: samples" in lines[0]
+    assert all(len(line) <= 120 for line in lines[0].splitlines())
+    before = (run_dir / "quality.json").read_bytes()
+    with pytest.raises(command.UsageError, match="was made with --classifier_steps=2: give the same, or move"):
+        run(run_dir, classifier_steps=3)
+    assert (run_dir / "quality.json").read_bytes() == before
+
+
+def fakes(variants):
+    groups = [f"{variant}-{index}" for variant in variants for index in range(2)]
+    return {group: lambda num_samples: (SEEN[:num_samples], SEEN[:num_samples]) for group in groups}
+
+
+def edit(run_dir, file, **changes):
+    values = json.loads((run_dir / file).read_text())
+    (run_dir / file).write_text(json.dumps(values | changes))
+
+
+FAULTS = {
+    "nothing there": (shutil.rmtree, "flags.json cannot be read"),
+    "unfinished": (lambda path: (path / "summary.json").unlink(), "holds an unfinished run"),
+    "damaged": (lambda path: (path / "summary.json").write_text("{"), "summary.json cannot be read"),
+    "another experiment": (
+        lambda path: edit(path, "flags.json", radius=1.0),
+        "holds no run of this version of experiments.sigma_sweep",
+    ),
+    "the toy": (lambda path: edit(path, "flags.json", dataset="toy"), "a run of the toy, give one of real images"),
+    "fakes": (lambda path: edit(path, "flags.json", fake_data=True), "a run with --fake_data, give one of real"),
+    "no checkpoint": (lambda path: shutil.rmtree(path / "checkpoints" / "f-1"), "f-1 is missing"),
+    "a torn checkpoint": (
+        lambda path: [file.write_bytes(b"") for file in (path / "checkpoints" / "f-0").rglob("*") if file.is_file()],
+        "f-0",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
+    """Said before the classifier is trained; nothing is written."""
+    spoil, message = FAULTS[fault]
+    spoil(run_dir)
+    monkeypatch.setattr(quality, "train_classifier", None)
+    with pytest.raises((command.UsageError, runs.RunError), match=message) as error:
+        run(run_dir)
+    assert "\n" not in str(error.value)
+    assert not (run_dir / "quality.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--run_dir: give the directory of a finished run"),
+        (["--run_dir=.", "--classifier_steps=0"], "--classifier_steps=0: must be at least 1"),
+        (["--run_dir=.", "--sigma=0.1"], "Unknown command line flag 'sigma'"),
+        (["--run_dir=."], "flags.json cannot be read"),
+    ],
+)
+def test_flags_that_make_no_sense(arguments, message, tmp_path):
+    words = [sys.executable, "-m", "experiments.quality", *arguments]
+    result = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,311 @@
+"""The sweep's rows, table and figures from members made by hand."""
+
+import functools
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import report
+from lvae_jax import evaluation, figures, runs, theory, toy
+
+RNG = np.random.default_rng(0)
+LATENT_SIZE, STEPS = 2, (5, 10, 15)
+SHAPES = {"points": (2,), "density": (4, 4, 1), "dequantised": (4, 4, 1), "discretised": (4, 4, 1)}
+
+
+def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
+    """Members of one row with random numbers; sigma is fixed, or of each seed."""
+    made = []
+    for seed in range(num_seeds):
+        elbo, kl, mse = -RNG.uniform(1.0, 5.0), RNG.uniform(0.5, 3.0), RNG.uniform(0.001, 0.01)
+        scores = {"elbo": elbo, "log_likelihood": elbo + kl, "kl": kl, "mse": mse, "best_sigma": np.sqrt(mse)}
+        own = sigma if variant in ("f", "f_star") else sigma + 0.01 * seed
+        sigmas = {"sigma": own, "sigma_min": own, "sigma_mean": own, "sigma_max": own}
+        diagnostics = {
+            "latent_kl": [kl, 0.0],
+            "active_units": 1 + seed % 2,
+            "active_directions": 1,
+            "floor_fraction": 0.0,
+            "sigma_factor": 1.0,
+            "residual_mean": 0.0,
+            "residual_stddev": 1.0,
+            "coverage": list(evaluation.INTERVALS),
+            "diagnosis": "healthy",
+        }
+        place = {"group": variant, "member": first + seed}
+        made.append({"variant": variant, "seed": seed} | scores | sigmas | diagnostics | place | others)
+    return made
+
+
+def summarise(parts, *, kind="points", **others):
+    """What summary.json holds of these members."""
+    shape = SHAPES[kind]
+    everyone = list(itertools.chain(*parts))
+    summary = {
+        "rows": [report.row(part, shape, kind=kind) for part in report.by_row(everyone).values()],
+        "members": everyone,
+        "shape": list(shape),
+        "kind": kind,
+        "num_dimensions": int(np.prod(shape)),
+        "latent_size": LATENT_SIZE,
+        "num_test_examples": 10_000,
+        "num_importance_samples": 32,
+        "num_evidence_examples": 1000,
+        "unit": "toy length" if kind == "points" else "pixel on [0, 1]",
+    }
+    return summary | others
+
+
+def toys(parts):
+    """The summary of a run on the toy, with its limits."""
+    summary = summarise(parts, entropy=theory.toy_entropy())
+    report.add_toys_limits(summary["rows"], 0.1)
+    return summary
+
+
+# Rows
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_row_is_the_mean_over_its_members_with_numpys_standard_deviation(kind):
+    part = members("ls", importance_bound=-1.0)
+    row = report.row(part, SHAPES[kind], kind=kind)
+    for name in ("elbo", "log_likelihood", "kl", "mse", "sigma", "sigma_max", "best_sigma", "active_units"):
+        assert row[name] == pytest.approx(np.mean([member[name] for member in part]))
+    assert row["elbo_sd"] == pytest.approx(np.std([member["elbo"] for member in part], ddof=1))
+    assert row["num_seeds"] == 3
+    assert row["variant"] == "ls"
+    assert row["importance_bound"] == -1.0
+    assert not {"seed", "member", "group"} & set(row), "what tells members apart is no mean"
+    n = np.prod(SHAPES[kind])
+    if kind == "discretised":
+        assert "elbo_paper" not in row
+        assert row["bits_per_dimension"] == pytest.approx(-row["elbo"] / n / np.log(2.0))
+    else:
+        assert row["elbo_paper"] == pytest.approx(row["elbo"] + n / 2.0 * np.log(2.0 * np.pi))
+    assert ("bits_per_dimension" in row) == (kind != "points")
+    if kind in ("density", "dequantised"):
+        assert row["bits_per_dimension"] == pytest.approx(8.0 - row["elbo"] / n / np.log(2.0))
+        assert row["is_code"] == (kind == "dequantised")
+
+
+def test_a_row_of_one_seed_has_no_spread():
+    assert report.row(members("lv", num_seeds=1), (2,), kind="points")["elbo_sd"] == 0.0
+
+
+def test_a_row_s_diagnosis_is_that_of_its_mean():
+    part = members("ls")
+    assert report.row(part, (2,), kind="points")["diagnosis"] == "healthy"
+    part[0]["sigma_factor"] = 1.9  # the mean is 1.3
+    assert report.row(part, (2,), kind="points")["diagnosis"].startswith("overconfident: 1.3 times")
+
+
+def test_seeds_are_pooled_and_f_vaes_told_apart_by_their_sigma():
+    everyone = [*members("f", sigma=1.0), *members("f", sigma=0.1), *members("ls"), *members("f_star")]
+    rows = report.by_row(everyone)
+    assert list(rows) == ["F-VAE, sigma = 1.0", "F-VAE, sigma = 0.1", "LS-VAE", "F*-VAE"]
+    assert [len(part) for part in rows.values()] == [3, 3, 3, 3]
+    assert list(itertools.chain(*rows.values())) == everyone
+
+
+# The limits of the toy
+
+
+def test_the_gap_is_to_the_log_probability_of_the_test_examples_and_sigma_s_share_is_exact():
+    rows = [
+        {"variant": variant, "sigma": sigma, "elbo": -1.2}
+        for variant, sigma in (("f", 1.0), ("f", 0.01), ("ls", 0.07), ("lv", 0.07))
+    ]
+    report.add_toys_limits(rows, -0.35)
+    assert [row["gap"] for row in rows] == pytest.approx(4 * [0.85])
+    wide, narrow, learned, vector = rows
+    assert not {"sigma_gap", "best_elbo"} & set(vector), "its sigma is not one number"
+    np.testing.assert_allclose(narrow["sigma_gap"], 0.0, atol=1e-6)  # below all noise, a mixture can be exact
+    for row in rows[:3]:
+        low, high = row["sigma_gap"]
+        assert 0.0 <= low <= high
+        best = theory.toy_best_elbo(row["sigma"])
+        np.testing.assert_allclose(row["best_elbo"], best)
+        np.testing.assert_allclose([low, high], [-theory.toy_entropy() - b for b in best[::-1]])
+    assert wide["sigma_gap"][0] > learned["sigma_gap"][1] > 0.0
+    assert wide["sigma_gap"][1] - wide["sigma_gap"][0] < 0.01
+
+
+def test_sigma_s_share_is_what_the_model_of_the_true_curve_loses():
+    """An independent model: a mixture of N(curve(u), sigma^2 I), u uniform, which EM may only improve."""
+    sigma = 0.1
+    u = (np.arange(4000) + 0.5) / 2000.0 - 1.0
+    centres = np.asarray(toy.curve(jnp.float32(u)), np.float64)
+    rng = np.random.default_rng(0)
+    drawn = rng.uniform(-1.0, 1.0, 4000)
+    x = np.asarray(toy.curve(jnp.float32(drawn)), np.float64)
+    x += np.asarray(toy.noise(jnp.float32(drawn)), np.float64)[:, None] * rng.standard_normal((4000, 2))
+    distances = ((x[:, None] - centres[None]) ** 2).sum(-1)
+    model = np.log(np.exp(-0.5 * distances / sigma**2).mean(1)) - np.log(2.0 * np.pi * sigma**2)
+    loss = np.asarray(toy.log_prob(jnp.float32(x)), np.float64) - model
+    rows = [{"variant": "f", "sigma": sigma, "elbo": float(model.mean())}]
+    report.add_toys_limits(rows, 0.0)
+    assert rows[0]["sigma_gap"][0] < loss.mean() + 4.0 * loss.std() / np.sqrt(len(x))
+
+
+# The table
+
+
+def header(text):
+    return text.splitlines()[0]
+
+
+def notes(text):
+    return " ".join(text.split())
+
+
+OPTIONAL = ("in the paper", "IW bound", "gap", "sigma's", "model's", "posterior's", "bits/dim")
+
+
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [
+        (lambda: summarise([members("ls")]), {"in the paper"}),
+        (lambda: summarise([members("ls")], kind="density"), {"in the paper", "bits/dim"}),
+        (lambda: summarise([members("ls")], kind="dequantised"), {"in the paper", "bits/dim"}),
+        (lambda: summarise([members("ls")], kind="discretised"), {"bits/dim"}),
+        (lambda: summarise([members("ls", importance_bound=-0.7)]), {"in the paper", "IW bound"}),
+        (lambda: toys([members("lv")]), {"in the paper", "gap"}),
+        (lambda: toys([members("ls")]), {"in the paper", "gap", "sigma's"}),
+        (
+            lambda: toys([members("f"), members("lv", model_gap=0.2, posterior_gap=0.3)]),
+            {"in the paper", "gap", "sigma's", "model's", "posterior's"},
+        ),
+    ],
+)
+def test_columns_and_their_notes_appear_where_they_mean_something(make, columns):
+    summary = make()
+    text = report.table(summary)
+    title = header(text)
+    # "gap" and "sigma's" are words of their own, whatever the columns beside them.
+    assert {column for column in OPTIONAL if f"  {column}" in title} == columns
+    said = notes(text)
+    assert ("IW bound: importance-weighted, with 32 draws" in said) == ("IW bound" in columns)
+    assert ("-H(x) = " in said) == ("gap" in columns)
+    assert ("on 1000 examples" in said) == ("model's" in columns)
+    assert ("The paper leaves out a constant" in said) == ("in the paper" in columns)
+    assert ("bits/dim" in said) == ("bits/dim" in columns)
+    assert ("not likelihoods of images" in said) == (summary["kind"] == "density")
+    assert ("a bound on the length of a code" in said) == (summary["kind"] in ("dequantised", "discretised"))
+    assert f"mean +- standard deviation over 3 seeds, on {summary['num_test_examples']} test examples" in said
+    assert f"in the unit {summary['unit']}" in said
+    assert f"latent dimensions in use, of {LATENT_SIZE}" in said
+
+
+def test_notes_name_the_numbers_that_their_columns_need():
+    said = notes(report.table(summarise([members("ls")], kind="density")))
+    assert "higher by (n/2) log 2 pi, n = 16." in said
+    assert f"no code has more than n ln 256 = {16 * np.log(256.0):.1f} nats" in said
+    assert "--dequantize or --discretise" in said
+    said = notes(report.table(toys([members("f")])))
+    assert f"-H(x) = {-theory.toy_entropy():.4f} nats" in said
+
+
+def test_cells_stand_below_their_titles_and_are_the_rows_numbers():
+    summary = toys([members("f"), members("lv", importance_bound=-0.5)])
+    lines = report.table(summary).splitlines()
+    ends = {column: lines[0].index(f"  {column}") + 2 + len(column) for column in ("KL", "gap", "IW bound", "sigma's")}
+
+    def cell(line, column):
+        up_to = line.ljust(ends[column])[: ends[column]]
+        return "" if up_to.endswith(" ") else up_to.rsplit("  ", 1)[-1]
+
+    fixed, vector = summary["rows"]
+    for line, row in zip(lines[1:3], (fixed, vector), strict=True):
+        assert line.startswith(report.VARIANTS[row["variant"]])
+        assert f"{row['elbo']:.4f} +- {row['elbo_sd']:.4f}" in line
+        assert cell(line, "KL") == f"{row['kl']:.4f}"
+        assert cell(line, "gap") == f"{row['gap']:.4f}"
+    assert cell(lines[1], "sigma's") == f"{fixed['sigma_gap'][0]:.3f}"
+    assert cell(lines[2], "sigma's") == "", "an LV-VAE has none"
+    assert cell(lines[1], "IW bound") == "", "only the other has one"
+    assert cell(lines[2], "IW bound") == "-0.5000"
+    assert lines[-2:] == [f"F-VAE, sigma = {fixed['sigma']}: healthy", "LV-VAE: healthy"]
+    assert max(map(len, lines[3:])) <= 118
+
+
+def test_one_seed_has_no_spread():
+    text = report.table(toys([members("f", num_seeds=1)]))
+    assert "+-" not in text
+    assert "higher is better: of one seed, on" in text
+
+
+# Figures
+
+
+def metrics(path, everyone):
+    """Lines of metrics.jsonl for each member, and what they hold of elbo."""
+    for member in everyone:
+        lines = [
+            {"group": member["group"], "member": member["member"], "seed": member["seed"], "step": step}
+            | {name: float(RNG.uniform(0.1, 1.0)) for name in figures.Curves._fields[1:]}
+            for step in STEPS
+        ]
+        runs.append_metrics(path, lines)
+
+
+CASES = {
+    "one seed": lambda: toys([members("f", num_seeds=1), members("ls", num_seeds=1), members("lv", num_seeds=1)]),
+    "no F-VAE": lambda: toys([members("ls"), members("lv"), members("optimal")]),
+    "F-VAEs alone": lambda: toys([members("f", sigma=1.0), members("f", sigma=0.1, first=3)]),
+    "one LV-VAE": lambda: toys([members("lv", num_seeds=1)]),
+    "LV-VAEs alone": lambda: toys([members("lv")]),
+    "all": lambda: toys([members(variant) for variant in report.VARIANTS]),
+    "images": lambda: summarise([members("f"), members("ls"), members("lv")], kind="density"),
+    "images, LV-VAE alone": lambda: summarise([members("lv", num_seeds=1)], kind="dequantised"),
+    "discretised": lambda: summarise([members("f"), members("ls")], kind="discretised"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_run_is_drawn(case, tmp_path, monkeypatch):
+    summary, drawn = CASES[case](), {}
+    for name in ("losses", "sigma_and_elbo", "elbo_against_sigma"):
+        original = getattr(figures, name)
+
+        def keep(*arguments, name=name, original=original, **options):
+            drawn[name] = arguments, options
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(figures, name, functools.wraps(original)(keep))
+    metrics(tmp_path, summary["members"])
+    shape = summary["shape"]
+    panels = [figures.Panel("LS-VAE", *(RNG.uniform(size=(6, *shape)) for _ in range(5)))]
+    report.draw(tmp_path, summary, panels)
+    for name in ("samples", "losses", "sigma", "elbo"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5_000
+
+    (curves,), _ = drawn["losses"]
+    assert list(curves) == list(report.by_row(summary["members"]))
+    by_place = {}
+    for line in runs.read_metrics(tmp_path):
+        by_place.setdefault((line["group"], line["member"]), []).append(line["elbo"])
+    for title, part in report.by_row(summary["members"]).items():
+        np.testing.assert_array_equal(curves[title].steps, STEPS)
+        np.testing.assert_array_equal(curves[title].elbo, [by_place[m["group"], m["member"]] for m in part])
+    (learned,), _ = drawn["sigma_and_elbo"]
+    fixed = all(m["variant"] in ("f", "f_star") for m in summary["members"])
+    assert fixed or not any(title.startswith("F") for title in learned), "a constant is no curve of sigma"
+
+    (points, lines), options = drawn["elbo_against_sigma"]
+    assert "LV-VAE" not in points
+    assert set(lines) <= {"LS-VAE", "LV-VAE"}
+    titles = {report.VARIANTS[m["variant"]] for m in summary["members"]}
+    assert {*points, *lines} == titles
+    assert options["bound"] == (-summary["entropy"] if summary["kind"] == "points" else None)
+    reused_at, reused = options["reused"]
+    assert set(reused) == (set() if summary["kind"] == "discretised" else titles - {"LV-VAE"})
+    for title, elbos in reused.items():
+        part = [m for m in summary["members"] if report.VARIANTS[m["variant"]] == title]
+        n, at = summary["num_dimensions"], reused_at[50]
+        expected = [-n / 2 * (np.log(2 * np.pi * at**2) + m["mse"] / at**2) - m["kl"] for m in part]
+        np.testing.assert_allclose(elbos[:, 50], expected)
+    limited = {row["sigma"]: row["best_elbo"][1] for row in summary["rows"] if "best_elbo" in row}
+    np.testing.assert_array_equal(options["limits"], np.reshape(sorted(limited.items()), (-1, 2)).T)

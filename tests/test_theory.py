@@ -1,0 +1,359 @@
+"""Theorem 1 against mpmath, quadrature of its definition, and mixtures fitted by EM, on a sphere of radius R; the toy's
+limits and those of any data set against other methods."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from scipy import optimize, special
+
+from lvae_jax import theory, toy
+
+DIMS = [2, 3, 4, 5, 7, 10, 25, 50, 100, 784, 10_000]
+K = np.float64(np.float32([0.0, *np.geomspace(1e-8, 1e4, 25), 1e5, 1e8]))  # the same in both precisions
+# sigma is given as the fraction sigma sqrt(n) / R of its critical value.
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def accuracy(request):
+    """The relative accuracy of A_n and log E exp(k u_1) in this precision; all other tolerances follow from it."""
+    with jax.enable_x64(request.param == np.float64):
+        yield {np.float32: 1e-5, np.float64: 1e-10}[request.param]
+
+
+def mean_exp(k, dim):
+    """E exp(k u_1) and A_n(k) / k, to 40 digits: 0F1(; n/2; k^2 / 4), and its neighbour's ratio to it over n."""
+    low, high = (mpmath.hyp0f1(mpmath.mpf(dim) / 2 + i, k**2 / 4, maxterms=10**6) for i in (0, 1))
+    return low, high / low / dim
+
+
+@functools.cache
+def reference(k, dim):
+    """log E exp(k u_1), A_n(k) and its derivative 1 - A_n^2 - (n - 1) A_n / k."""
+    with mpmath.workdps(40):
+        mean, slope = mean_exp(mpmath.mpf(k), dim)
+        return tuple(map(float, (mpmath.log(mean), k * slope, 1 - (k * slope) ** 2 - (dim - 1) * slope)))
+
+
+def relative_radius(fraction, dim):
+    """rho / R where rho = R A_n(rho R / sigma^2), for a fraction below 1."""
+    excess = lambda k: mean_exp(k, dim)[1] - fraction**2 / dim  # noqa: E731
+    return mpmath.findroot(excess, (1e-4, dim / fraction**2), solver="anderson", maxsteps=100) * fraction**2 / dim
+
+
+@functools.cache
+def uniform(dim):
+    """Nodes u_1 [2000] and log weights for u uniform on S^(n-1); 2,000 resolve exp(k u_1) up to k = 1e6."""
+    node, weight = special.roots_legendre(2_000)
+    angle = np.pi / 2 * (1 + node)
+    log_weight = np.log(weight) + (dim - 2) * np.log(np.sin(angle))
+    return np.cos(angle), log_weight - special.logsumexp(log_weight)
+
+
+def log_density(rho, sigma, radius, dim):
+    """log p(x) [S], |x| = R: decoder outputs uniform on the sphere of radius rho [S], and noise sigma."""
+    u, log_weight = uniform(dim)
+    squared_distance = rho[..., None] ** 2 + radius**2 - 2 * radius * rho[..., None] * u
+    log_mean = special.logsumexp(log_weight - squared_distance / (2 * sigma**2), axis=-1)
+    return log_mean - dim / 2 * np.log(2 * np.pi * sigma**2)
+
+
+# The mean of exp(k u_1)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_ratio_log_mean_and_their_slopes_are_mpmaths(dim, accuracy):
+    ks = K[(K != 1e5) | (dim < 10_000)]  # mpmath takes 10 s there; quadrature covers it
+    log_mean, ratio, slope = np.transpose([reference(k, dim) for k in ks])
+    functions = [functools.partial(f, dim=dim) for f in (theory.log_mean_exp, theory.bessel_ratio)]
+    ours = [jax.vmap(jax.value_and_grad(f))(jnp.asarray(ks)) for f in functions]
+    assert {x.dtype for pair in ours for x in pair} == {jnp.asarray(ks).dtype}
+    np.testing.assert_allclose(ours[0], [log_mean, ratio], rtol=accuracy)
+    np.testing.assert_allclose(ours[1][0], ratio, rtol=accuracy)
+    # As a difference of terms of order one, the slope may lose its digits where it is itself far below one.
+    np.testing.assert_allclose(ours[1][1], slope, rtol=100 * accuracy, atol=accuracy)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_ratio_and_log_mean_are_those_of_quadrature_without_seams(dim, accuracy):
+    k = np.float64(np.float32(np.geomspace(0.3 * np.sqrt(dim), 1e5, 200)))
+    u, log_weight = uniform(dim)
+    log_mean = special.logsumexp(log_weight + k[:, None] * u, axis=-1)
+    ratio = np.exp(log_weight + k[:, None] * u - log_mean[:, None]) @ u
+    np.testing.assert_allclose(theory.log_mean_exp(jnp.asarray(k), dim=dim), log_mean, rtol=accuracy)
+    np.testing.assert_allclose(theory.bessel_ratio(jnp.asarray(k), dim=dim), ratio, rtol=accuracy)
+
+
+def test_three_dimensions_are_in_closed_form(accuracy):
+    k = np.float64(np.float32(np.geomspace(0.1, 700.0, 100)))
+    np.testing.assert_allclose(theory.bessel_ratio(jnp.asarray(k), dim=3), 1 / np.tanh(k) - 1 / k, rtol=accuracy)
+    np.testing.assert_allclose(theory.log_mean_exp(jnp.asarray(k), dim=3), np.log(np.sinh(k) / k), rtol=accuracy)
+
+
+@pytest.mark.parametrize("dim", [2, 5, 100])
+def test_normalised_normals_have_this_mean(dim):
+    normal = np.random.default_rng(0).standard_normal((20_000, dim))
+    u = normal[:, 0] / np.linalg.norm(normal, axis=-1)
+    for k in np.array([0.1, 1.0]) * np.sqrt(dim):
+        weight = np.exp(k * u - float(theory.log_mean_exp(k, dim=dim)))
+        for draws in (weight - 1.0, weight * (u - float(theory.bessel_ratio(k, dim=dim)))):
+            assert abs(draws.mean()) < 4.0 * draws.std() / np.sqrt(len(u))
+
+
+@pytest.mark.parametrize("dim", [2, 3, 784])
+def test_second_derivatives_are_mpmaths(dim):
+    functions = (functools.partial(f, dim=dim) for f in (theory.log_mean_exp, theory.bessel_ratio))
+    log_mean, ratio = (jax.grad(jax.grad(f)) for f in functions)
+    with mpmath.workdps(40), jax.enable_x64(True):
+        for k in (0.0, 3.0):
+            np.testing.assert_allclose(log_mean(k), reference(k, dim)[2], rtol=1e-8)
+        expected = mpmath.diff(lambda k: k * mean_exp(k, dim)[1], 3.0, 2)
+        np.testing.assert_allclose(ratio(3.0), float(expected), rtol=1e-6, atol=1e-9)
+
+
+# The best radius and the best bound
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9, 0.99, 1.0, 1.2, 3.0])
+@pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 0.1), (10, 5.0), (784, 12.0), (10_000, 1.0)])
+def test_best_mixture_is_that_of_a_search_over_exact_densities(dim, radius, fraction, accuracy):
+    sigma = float(np.float32(fraction * radius / np.sqrt(dim)))
+    rho = np.float64(np.float32(np.linspace(0.0, 1.5 * radius, 301)))
+    density = log_density(rho, sigma, radius, dim)
+    spacing, largest_k = rho[1], 1.5 * dim / fraction**2
+    ours = theory.objective(jnp.asarray(rho), jnp.full(rho.shape, sigma), radius=radius, dim=dim)
+    np.testing.assert_allclose(ours, density - density[0], rtol=0.0, atol=accuracy * largest_k)
+    best = rho[density.argmax()]
+    assert abs(theory.optimal_radius(sigma, radius=radius, dim=dim) - best) < spacing
+    near = optimize.minimize_scalar(
+        lambda rho: -log_density(rho, sigma, radius, dim), bounds=(max(best - spacing, 0.0), best + spacing)
+    )
+    elbo = theory.best_elbo(sigma, radius=radius, dim=dim)
+    np.testing.assert_allclose(elbo, max(-near.fun, density.max()), rtol=accuracy, atol=accuracy * largest_k)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9, 1.3])
+def test_mixtures_fitted_by_em_come_close_and_are_no_better(fraction):
+    sigma, rng, angle = fraction / np.sqrt(2.0), np.random.default_rng(0), np.linspace(0.0, 2.0 * np.pi, 257)[1:]
+    x = np.stack([np.cos(angle), np.sin(angle)], -1)
+    centres, log_weight, bounds = rng.uniform(-1.2, 1.2, (64, 2)), np.full(64, -np.log(64.0)), []
+    for _ in range(500):
+        squared_distance = ((x[:, None] - centres) ** 2).sum(-1)
+        joint = log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+        log_prob = special.logsumexp(joint, axis=1, keepdims=True)
+        bounds.append(log_prob.mean())
+        share = np.exp(joint - log_prob)
+        centres, log_weight = share.T @ x / share.sum(0)[:, None], np.log(share.mean(0))
+    best = float(theory.best_elbo(sigma, radius=1.0, dim=2))
+    assert max(bounds) < best + 1e-5
+    assert bounds[0] < best - 0.1
+    assert bounds[-1] > best - 2e-3
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.999999])
+@pytest.mark.parametrize("dim", [2, 3, 10, 784])
+def test_radius_and_slopes_are_mpmaths_up_to_the_transition(dim, fraction, accuracy):
+    sigma = np.float64(np.float32(fraction / np.sqrt(dim)))
+    with mpmath.workdps(40):
+        exact = mpmath.mpf(sigma) * mpmath.sqrt(dim)
+        expected, slope = relative_radius(exact, dim), mpmath.diff(functools.partial(relative_radius, dim=dim), exact)
+        elbo_slope, expected, slope = map(float, (dim / exact**2 * (1 - expected**2) - dim, expected, slope))
+    rho, ours = jax.value_and_grad(functools.partial(theory.optimal_radius, radius=1.0, dim=dim))(jnp.asarray(sigma))
+    # The radius vanishes as sqrt(1 - sigma^2 n / R^2): an error of A_n counts 1 / (1 - fraction) times there.
+    error = accuracy / (1.0 - fraction)
+    np.testing.assert_allclose(rho, expected, rtol=error)
+    # The slope holds A_n' n / sigma^2, a difference of terms of order one multiplied by 2 n / fraction^3.
+    np.testing.assert_allclose(ours / np.sqrt(dim), slope, rtol=error, atol=2 * dim / fraction**3 * error)
+    # By the envelope theorem d ELBO / d log sigma = (R^2 - rho^2) / sigma^2 - n.
+    ours = jax.grad(functools.partial(theory.best_elbo, radius=1.0, dim=dim))(jnp.asarray(sigma)) * sigma
+    np.testing.assert_allclose(ours, elbo_slope, rtol=error, atol=2 * dim / fraction**2 * accuracy)
+
+
+@pytest.mark.parametrize(
+    ("dim", "radii"),
+    [(2, (0.977, 0.930, 0.063, 0.0)), (3, (0.969, 0.908, 0.058, 0.0)), (50, (0.955, 0.869, 0.046, 0.0))],
+)
+def test_radii_are_the_known_ones(dim, radii):
+    sigma = jnp.array([0.3, 0.5, 0.999, 1.001]) / np.sqrt(dim)
+    ours = theory.optimal_radius(sigma, radius=1.0, dim=dim)
+    np.testing.assert_allclose(ours, radii, atol=5.1e-4, err_msg="Theorem 1's ridge has moved")
+
+
+@pytest.mark.parametrize("radius", [0.01, 1.0, 28.0])
+@pytest.mark.parametrize("dim", DIMS)
+def test_manifold_is_lost_from_the_critical_sigma_on(dim, radius, accuracy):
+    np.testing.assert_allclose(theory.critical_sigma(radius=radius, dim=dim), radius / np.sqrt(dim), rtol=1e-6)
+    sigma = jnp.asarray([1.0, 1.001, 1.5, 1e3]) * theory.critical_sigma(radius=radius, dim=dim)
+    options = {"radius": radius, "dim": dim}
+    rho, slope = jax.vmap(jax.value_and_grad(functools.partial(theory.optimal_radius, **options)))(sigma)
+    np.testing.assert_array_equal(rho, 0.0)
+    np.testing.assert_array_equal(slope[1:], 0.0)  # at the critical sigma itself there is none
+    elbo, slope = jax.vmap(jax.value_and_grad(functools.partial(theory.best_elbo, **options)))(sigma)
+    sigma = np.float64(sigma)
+    gaussian = -dim / 2 * np.log(2 * np.pi * sigma**2) - radius**2 / (2 * sigma**2)
+    np.testing.assert_allclose(elbo, gaussian, rtol=accuracy, atol=accuracy * dim)
+    np.testing.assert_allclose(slope * sigma, radius**2 / sigma**2 - dim, rtol=accuracy, atol=accuracy * dim)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_radius_approaches_the_datas_as_sigma_vanishes(dim):
+    with jax.enable_x64(True):
+        for fraction in (0.03, 0.1):
+            rho = theory.optimal_radius(fraction / np.sqrt(dim), radius=1.0, dim=dim)
+            square = fraction**2 / dim
+            expansion = (dim - 1) * square / 2 + (dim**2 - 1) * square**2 / 8
+            np.testing.assert_allclose(1.0 - rho, expansion, rtol=0.0, atol=fraction**6)
+    sigma = jnp.asarray(1e-4 / np.sqrt(dim))
+    np.testing.assert_allclose(theory.optimal_radius(sigma, radius=1.0, dim=dim), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_units_of_the_data_do_not_matter(scale, accuracy):
+    sigma = jnp.linspace(0.1, 0.9, 9)
+    for function, factor, shift in ((theory.optimal_radius, scale, 0.0), (theory.best_elbo, 1.0, -10 * np.log(scale))):
+        ours, expected = function(scale * sigma, radius=2.0 * scale, dim=10), function(sigma, radius=2.0, dim=10)
+        np.testing.assert_allclose(ours, factor * expected + shift, rtol=10 * accuracy, atol=10 * accuracy * factor)
+
+
+@pytest.mark.parametrize("function", [theory.optimal_radius, theory.best_elbo, theory.objective])
+def test_one_program_serves_every_sigma_elementwise(function, accuracy):
+    traces, arguments = [], 2 if function is theory.objective else 1
+
+    @jax.jit
+    def compiled(sigma):
+        traces.append(sigma)
+        return function(*[sigma] * arguments, radius=1.0, dim=3)
+
+    sigma = jnp.linspace(0.05, 1.0, 6).reshape(2, 3)
+    one_by_one = np.reshape([function(*[float(s)] * arguments, radius=1.0, dim=3) for s in sigma.ravel()], (2, 3))
+    for ours in (compiled(sigma), jax.vmap(compiled)(sigma), function(*[sigma] * arguments, radius=1.0, dim=3)):
+        assert ours.dtype == sigma.dtype
+        np.testing.assert_allclose(ours, one_by_one, rtol=10 * accuracy, atol=10 * accuracy)
+    np.testing.assert_array_equal(compiled(sigma[::-1]), compiled(sigma)[::-1])
+    assert len(traces) == 2, "one trace for [2, 3] and one, under vmap, for [3]"
+    assert function(*[jnp.float32(0.3)] * arguments, radius=1.0, dim=3).dtype == jnp.float32
+
+
+# The toy
+
+
+@functools.cache
+def toy_cloud():
+    """Points of the toy and their log density by `toy.log_prob`: another quadrature than theory's."""
+    x = toy.sample(jax.random.split(jax.random.key(0), 40_000))
+    return np.float64(x), np.float64(jax.lax.map(lambda x: toy.log_prob(x[None])[0], x, batch_size=1_000))
+
+
+def test_toy_entropy_is_that_of_the_density():
+    x, log_prob = toy_cloud()
+    assert abs(-log_prob.mean() - theory.toy_entropy()) < 4.0 * log_prob.std() / np.sqrt(len(x))
+
+
+def test_toy_entropy_is_converged(monkeypatch):
+    coarse = theory.toy_entropy()
+    monkeypatch.setattr(theory, "_CELL", theory._CELL / 2.0)
+    monkeypatch.setattr(theory, "_toy_cells", theory._toy_cells.__wrapped__)
+    np.testing.assert_allclose(coarse, theory.toy_entropy(), atol=1e-6)
+
+
+def test_small_sigmas_reach_the_toys_entropy():
+    assert theory.toy_best_elbo(0.02) == theory.toy_best_elbo(1e-3) == (-theory.toy_entropy(),) * 2
+
+
+def test_large_sigmas_lose_the_toy():
+    """Above the critical sigma, 1.81, the best mixture is one Gaussian at the mean."""
+    for sigma in (1.85, 3.0):
+        square = np.pi**2 / 3.0 + 0.5 + 2.0 * np.mean(np.square(toy.NOISE))
+        gaussian = -square / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+        low, high = theory.toy_best_elbo(sigma)
+        assert high - 0.01 <= low <= gaussian + 1e-6
+        assert gaussian - 1e-6 <= high <= gaussian + 0.01
+    assert theory.toy_best_elbo(1.7)[0] > -square / (2.0 * 1.7**2) - np.log(2.0 * np.pi * 1.7**2)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0])
+def test_no_mixture_exceeds_the_toys_limit_and_em_comes_close(sigma):
+    """Gaussians with free centres, fitted by EM to a sample and judged on another: a method without a grid."""
+    x, _ = toy_cloud()
+    train, test = x[:4_000], x[4_000:]
+    rng = np.random.default_rng(0)
+    centres, log_weight = train[rng.choice(len(train), 150, replace=False)], np.full(150, -np.log(150.0))
+
+    def joint(x):
+        squared_distance = ((x[:, None] - centres) ** 2).sum(-1)
+        return log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+
+    for _ in range(60):
+        share = special.softmax(joint(train), axis=1)
+        centres, log_weight = share.T @ train / share.sum(0)[:, None], np.log(share.mean(0))
+    log_prob = special.logsumexp(joint(test), axis=1)
+    low, high = theory.toy_best_elbo(sigma)
+    error = log_prob.std() / np.sqrt(len(test))
+    assert 0.0 < high - low <= 0.01
+    assert log_prob.mean() < high + 4.0 * error
+    assert log_prob.mean() > low - 0.02 - 4.0 * error
+
+
+def test_toys_limit_falls_with_sigma():
+    highs = [theory.toy_best_elbo(sigma)[1] for sigma in (0.02, 0.08, 0.15, 0.4, 1.5)]
+    assert highs == sorted(highs, reverse=True)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf])
+def test_toys_limit_refuses_a_sigma_that_is_none(sigma):
+    with pytest.raises(ValueError, match="positive"):
+        theory.toy_best_elbo(sigma)
+
+
+# Any data set
+
+
+@pytest.mark.parametrize("shape", [(50, 7), (7, 50), (8, 8), (1, 5), (400, 3, 2, 1)])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_principal_stddevs_are_those_of_the_whole_covariance(shape, chunk):
+    x = 100.0 + np.random.default_rng(0).standard_normal(shape) * np.linspace(0.1, 3.0, shape[1]).reshape(
+        1, -1, *[1] * (len(shape) - 2)
+    )
+    ours = theory.principal_stddevs(x[i : i + chunk] for i in range(0, len(x), chunk))
+    flat = x.reshape(len(x), -1)
+    whole = np.linalg.eigvalsh(np.atleast_2d(np.cov(flat.T, bias=True)))[::-1][: min(flat.shape)]
+    np.testing.assert_allclose(ours**2, np.maximum(whole, 0.0), atol=1e-10)
+
+
+def test_principal_stddevs_need_an_example():
+    with pytest.raises(ValueError, match="no example"):
+        theory.principal_stddevs([])
+
+
+def test_the_spheres_critical_sigma_is_its_first_principal_stddev():
+    x = np.random.default_rng(0).standard_normal((200_000, 3))
+    x *= 2.0 / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(theory.principal_stddevs([x]), theory.critical_sigma(radius=2.0, dim=3), rtol=0.01)
+
+
+@pytest.mark.parametrize("latent_size", [1, 2, 4])
+@pytest.mark.parametrize("sigma", [0.3, 0.8, 1.5, 4.0])
+def test_linear_limit_is_the_largest_likelihood_of_probabilistic_pca(sigma, latent_size):
+    """By an optimiser that knows nothing of eigenvalues, over W in N(x; 0, W W^T + sigma^2 I)."""
+    stddevs = np.array([2.0, 1.0, 0.5])
+    covariance = np.diag([*stddevs**2, 0.0])
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    covariance = rotation @ covariance @ rotation.T
+
+    def loss(w):
+        w = w.reshape(4, latent_size)
+        model = w @ w.T + sigma**2 * np.eye(4)
+        value = 0.5 * (np.linalg.slogdet(2.0 * np.pi * model)[1] + np.trace(np.linalg.solve(model, covariance)))
+        inverse = np.linalg.inv(model)
+        return value, ((inverse - inverse @ covariance @ inverse) @ w).ravel()
+
+    best = min(
+        optimize.minimize(loss, rng.standard_normal(4 * latent_size), jac=True, options={"gtol": 1e-9}).fun
+        for _ in range(3)
+    )
+    ours = theory.linear_best_elbo(sigma, stddevs, num_dimensions=4, latent_size=latent_size)
+    np.testing.assert_allclose(ours, -best, rtol=1e-6)
