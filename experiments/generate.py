@@ -223,9 +223,8 @@ def restore(path: Path, config: sigma_sweep.Config, name: str, variant: str, sha
         ema_decay=config.ema_decay,
     )
     record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)
-    checkpoints = runs.Checkpoints(path, name)
-    restored = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas), record))
-    checkpoints.close()
+    with runs.Checkpoints(path, name) as checkpoints:
+        restored = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas), record))
     if restored is None:
         raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
     states, _ = restored

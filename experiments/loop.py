@@ -188,7 +188,8 @@ def start(
       runs.RunError: the checkpoint is damaged or of another shape.
     """
     fresh = (programs.init(group.seeds, group.sigmas), np.full((len(group.seeds), num_steps + 1), np.nan, np.float32))
-    restored = runs.Checkpoints(run_dir, group.name).restore(fresh)
+    with runs.Checkpoints(run_dir, group.name) as checkpoints:
+        restored = checkpoints.restore(fresh)
     states, record = fresh if restored is None else restored
     return states, np.array(record)
 
@@ -236,34 +237,35 @@ def fit(
 
     feed = (prefetch if streamed else map)(batches, range(step, num_steps, fused))
     seeds, sigmas, states = devices.place((group.seeds, group.sigmas, states))
-    checkpoints = runs.Checkpoints(run_dir, group.name)
     saved = time.monotonic()
-    while step < num_steps:
-        stop = min(step + interval, num_steps)
-        parts = []
-        for _ in range(step, stop, fused):
-            states, metrics = programs.steps(seeds, sigmas, states, train, *next(feed))
-            parts.append(metrics)
-        parts = devices.collect(parts, num_members, 1)
-        metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
-        scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
-        if not np.isfinite([scores.elbo, gradient_norm]).all():
-            raise runs.RunError(f"training of {group.name} diverged before step {stop}: give another --sigma or --beta")
-        lines = [
-            {"group": group.name, "member": member, "seed": int(seed), "step": stop}
-            | {name: float(values[member]) for name, values in scores._asdict().items()}
-            | {"gradient_norm": float(gradient_norm[member])}
-            for member, seed in enumerate(group.seeds)
-        ]
-        runs.append_metrics(run_dir, lines)
-        record[:, step:stop] = metrics.scores.sigma_max
-        bar.set_postfix_str(f"ELBO {scores.elbo.mean():.4g} nats", refresh=False)
-        bar.update((stop - step) * num_members)
-        step = stop
-        if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            checkpoints.save(step, (devices.collect(states, num_members, 0), record))
-            saved = time.monotonic()
-    checkpoints.close()
+    with runs.Checkpoints(run_dir, group.name) as checkpoints:
+        while step < num_steps:
+            stop = min(step + interval, num_steps)
+            parts = []
+            for _ in range(step, stop, fused):
+                states, metrics = programs.steps(seeds, sigmas, states, train, *next(feed))
+                parts.append(metrics)
+            parts = devices.collect(parts, num_members, 1)
+            metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
+            scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
+            if not np.isfinite([scores.elbo, gradient_norm]).all():
+                raise runs.RunError(
+                    f"training of {group.name} diverged before step {stop}: give another --sigma or --beta"
+                )
+            lines = [
+                {"group": group.name, "member": member, "seed": int(seed), "step": stop}
+                | {name: float(values[member]) for name, values in scores._asdict().items()}
+                | {"gradient_norm": float(gradient_norm[member])}
+                for member, seed in enumerate(group.seeds)
+            ]
+            runs.append_metrics(run_dir, lines)
+            record[:, step:stop] = metrics.scores.sigma_max
+            bar.set_postfix_str(f"ELBO {scores.elbo.mean():.4g} nats", refresh=False)
+            bar.update((stop - step) * num_members)
+            step = stop
+            if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoints.save(step, (devices.collect(states, num_members, 0), record))
+                saved = time.monotonic()
     return jax.device_put(devices.collect(states, num_members, 0)), record
 
 

@@ -132,7 +132,8 @@ def rewind_metrics(path: Path, group: str, step: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one group of sweep members, of which the newest is kept."""
+    """The checkpoints of one group of sweep members, of which the newest is kept; a context, whose end waits until
+    everything is written."""
 
     def __init__(self, path: Path, group: str):
         self._path = (path / "checkpoints" / group).absolute()
@@ -174,6 +175,8 @@ class Checkpoints:
                 f"delete {self._path} to train this part again"
             ) from error
 
-    def close(self) -> None:
-        """Waits until everything is written."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._manager.close()

@@ -39,10 +39,12 @@ IMAGES = sigma_sweep.configure(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """Some eighty programs are compiled here, and run for milliseconds."""
+    """Some eighty programs are compiled here, and run for milliseconds. None may be left for other tests: their last
+    bits differ."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

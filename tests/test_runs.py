@@ -76,11 +76,10 @@ def tree(size=3, fill=1.5):
 
 
 def saved(tmp_path):
-    checkpoints = runs.Checkpoints(tmp_path, "ls")
-    assert checkpoints.restore(tree()) is None
-    checkpoints.save(4, tree(fill=0.0))
-    checkpoints.save(8, tree())
-    checkpoints.close()
+    with runs.Checkpoints(tmp_path, "ls") as checkpoints:
+        assert checkpoints.restore(tree()) is None
+        checkpoints.save(4, tree(fill=0.0))
+        checkpoints.save(8, tree())
     return tmp_path / "checkpoints" / "ls"
 
 
@@ -95,14 +94,12 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     assert runs.Checkpoints(tmp_path, "lv").restore(tree()) is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads fail unawaited
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
     with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):
         runs.Checkpoints(tmp_path, "ls").restore(tree(size=5))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's other reads fail unawaited
 def test_a_checkpoint_cut_short_is_refused_and_kept(tmp_path):
     folder = saved(tmp_path)
     for file in folder.rglob("*"):
