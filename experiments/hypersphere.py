@@ -9,6 +9,7 @@ interrupted run, and reports a finished one again.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,24 +198,31 @@ def rows(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    lines = [
+    if not summary["rows"]:
+        return "nothing was trained (--num_steps=0): see the figures"
+    num_seeds = summary["rows"][0]["num_seeds"]
+
+    def spread(row: dict[str, Any], name: str) -> str:
+        return f" +- {row[f'{name}_over_seeds_sd']:<6.4f}" if num_seeds > 1 else ""
+
+    blank = 10 * " " if num_seeds > 1 else ""
+    columns = f"{'n':>4}{'start':>18}{'sigma':>10}{'radius':>10}{blank}{'posterior':>11}{'exact':>9}"
+    lines = [columns + f"{'ELBO [nats]':>13}{blank}{'best':>10}{'KL':>9}"]
+    lines += [
         f"{row['dim']:4d}  {row['variant'].upper() + '-VAE':8}{row['start']:8.4g}{row['relative_sigma']:10.4g}"
-        f"{row['radius']:10.4f} +- {row['radius_over_seeds_sd']:<6.4f}{row['posterior_radius']:10.4f}"
-        f"{row['exact_radius']:9.4f}{row['elbo']:12.4f} +- {row['elbo_over_seeds_sd']:<6.4f}{row['exact_elbo']:10.4f}"
-        f"{row['kl']:9.4f}"
+        f"{row['radius']:10.4f}{spread(row, 'radius')}{row['posterior_radius']:11.4f}{row['exact_radius']:9.4f}"
+        f"{row['elbo']:13.4f}{spread(row, 'elbo')}{row['exact_elbo']:10.4f}{row['kl']:9.4f}"
         for row in summary["rows"]
     ]
-    if not lines:
-        return "nothing was trained (--num_steps=0): see the figures"
-    radii = f"{'radius':>14}{'posterior':>16}{'exact':>9}"
-    return f"""\
-{"n":>4}{"start":>18}{"sigma":>10}{radii}{"ELBO [nats]":>18}{"best":>14}{"KL":>9}
-{chr(10).join(lines)}
-start, sigma: at the start and at the end, in units of the critical one, R / sqrt(n). radius: mean norm of the decoder's
-outputs, z drawn from the prior; posterior: for z ~ q(z|x) of {summary["num_test_examples"]} test examples. exact, best:
-Theorem 1's, for an F-VAE of this sigma with ideal networks. +-: standard deviation over \
-{summary["rows"][0]["num_seeds"]} seeds.
-"""
+    note = (
+        "start, sigma: at the start and at the end, in units of the critical one, R / sqrt(n). radius: mean norm of "
+        "the decoder's outputs, z drawn from the prior; posterior: for z ~ q(z|x) of "
+        f"{summary['num_test_examples']} test examples. exact, best: Theorem 1's, for an F-VAE of this sigma with "
+        "ideal networks."
+    )
+    if num_seeds > 1:
+        note += f" +-: standard deviation over {num_seeds} seeds."
+    return "\n".join([*lines, textwrap.fill(note, 118)])
 
 
 def define_flags() -> None:

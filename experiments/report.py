@@ -172,8 +172,9 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
         for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
         if part[0]["variant"] not in CONSTANT
     }
+    draw_panels = figures.image_panels if len(summary["shape"]) == 3 else figures.plane_panels
     drawings = {
-        "samples": (figures.image_panels if len(summary["shape"]) == 3 else figures.plane_panels)(panels),
+        "samples": draw_panels(panels, unit=summary["unit"]),
         "losses": figures.losses(all_curves),
         "sigma": figures.sigma_and_elbo(learned or all_curves, unit=summary["unit"]),
         "elbo": _elbo_against_sigma(summary),

@@ -34,9 +34,9 @@ class Curves(NamedTuple):
     sigma_max: np.ndarray
 
 
-def plane_panels(panels: Sequence[Panel]) -> Figure:
+def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Points in the plane, as the paper's Figs. 4, 6 and 7: reconstructions over data, and generated samples with their
-    means."""
+    means; `unit` is that of both axes."""
     figure = Figure(figsize=(9.0, 2.6 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, sharex=True, sharey=True, squeeze=False)
     dots = {"s": 4, "linewidths": 0, "rasterized": True}
@@ -52,20 +52,20 @@ def plane_panels(panels: Sequence[Panel]) -> Figure:
     axes[0, 0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     for axis in axes[0]:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=3, frameon=False)
+    figure.supxlabel(f"both axes in {unit}", fontsize="small")
     return figure
 
 
-def image_panels(panels: Sequence[Panel]) -> Figure:
+def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
-    a sigma map."""
+    a sigma map in `unit`."""
     strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
         strips.append(("generated means", panel.sample_means, None))
         strips.append(("generated samples", panel.samples, None))
-        strips.append(
-            ("sigma of the\nreconstructions", panel.reconstruction_stddevs.mean(axis=-1, keepdims=True), "magma")
-        )
+        stddevs = panel.reconstruction_stddevs.mean(axis=-1, keepdims=True)
+        strips.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
     width, height = 9.0, 0.78 * len(strips)
     figure = Figure(figsize=(width, height), layout="constrained")
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):

@@ -27,7 +27,7 @@ def render(figure):
 def test_points_in_the_plane():
     panels = [panel("F-VAE", (2,)), panel("LS-VAE", (2,))]
     panels[1] = panels[1]._replace(samples=panels[1].samples + 1e6)
-    figure = figures.plane_panels(panels)
+    figure = figures.plane_panels(panels, unit="mm")
     render(figure)
     left, right = figure.axes[2:4]
     np.testing.assert_allclose(left.collections[0].get_offsets(), panels[1].data)
@@ -35,12 +35,13 @@ def test_points_in_the_plane():
     np.testing.assert_allclose(right.collections[0].get_offsets(), panels[1].samples)
     assert right.get_xlim()[1] < 10.0, "far samples must not shrink the data"
     assert left.get_ylabel() == "LS-VAE"
+    assert figure.get_supxlabel() == "both axes in mm"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images(channels):
     panels = [panel("F-VAE", (4, 4, channels)), panel("LV-VAE", (4, 4, channels))]
-    figure = figures.image_panels(panels)
+    figure = figures.image_panels(panels, unit="mm")
     render(figure)
     strips = [axis for axis in figure.axes if axis.get_ylabel()]
     assert [axis.get_ylabel().splitlines()[0] for axis in strips[:2]] == ["data", "F-VAE"]

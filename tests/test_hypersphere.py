@@ -102,7 +102,8 @@ def test_the_command_puts_theory_beside_trained_models(small_run):
         for name in ("radius", "elbo", "exact_radius", "exact_elbo", "kl"):
             assert f"{row[name]:.4f}" in result.stdout
     assert len(summary["rows"]) == len(members)
-    assert f"for z ~ q(z|x) of {datasets.TEST_SIZE} test examples" in result.stdout
+    assert f"for z ~ q(z|x) of {datasets.TEST_SIZE} test examples" in " ".join(result.stdout.split())
+    assert "+-" not in result.stdout, "one seed has no spread"
     for name in ("objective", "radius"):
         assert (run_dir / "figures" / f"{name}.png").stat().st_size > 10_000
     lines = runs.read_metrics(run_dir)
@@ -194,6 +195,10 @@ def test_rows_are_means_over_seeds_with_numpys_standard_deviations():
             assert row[name] == pytest.approx(np.mean([member[name] for member in part]))
         for name in ("radius", "elbo"):
             assert row[f"{name}_over_seeds_sd"] == pytest.approx(np.std([m[name] for m in part], ddof=1))
+    text = hypersphere.table({"rows": rows, "num_test_examples": 7})
+    assert text.count("+-") == 2 * len(rows) + 1
+    assert max(map(len, text.splitlines())) <= 118
+    assert len({len(line) for line in text.splitlines()[: 1 + len(rows)]}) == 1, "columns are aligned"
     (alone,) = hypersphere.rows(members[:1])
     assert alone["radius_over_seeds_sd"] == alone["elbo_over_seeds_sd"] == 0.0
 
