@@ -48,7 +48,9 @@ def start(name: str, main: Callable[[], None]) -> None:
         except (UsageError, datasets.DatasetError, runs.RunError) as error:
             sys.exit(f"{name}: {error}")
         except KeyboardInterrupt:
-            sys.exit(f"{name}: interrupted; the same command goes on from the last checkpoint, a minute old at most")
+            sys.exit(
+                f"{name}: interrupted; the same command goes on from its last checkpoint, or starts again without one"
+            )
 
     app.run(guarded, flags_parser=parse)
 

@@ -191,7 +191,7 @@ def processor() -> str:
 
 def claim_section(claim: Claim) -> str:
     """A claim with its checks."""
-    words = {True: "yes", False: "**no**", None: "not run"}
+    words = {True: "yes", False: "**no**", None: "open"}
     rows = [[literal(check.statement), words[check.holds], literal(check.evidence)] for check in claim.checks]
     heading = f"### {claim.name}: {claim.verdict}\n\n*{literal(claim.title)}.*"
     return heading + ("\n\n" + table(["check", "holds", "evidence"], rows) if rows else "")
@@ -255,7 +255,7 @@ def orderings_table(orderings: Sequence[Ordering]) -> str:
         found = ordering.paired
         cells = [literal(f"{ordering.better} less {ordering.worse}")]
         if found is None or ordering.p is None:
-            cells += ["too few seeds, or no difference"] + [""] * 5
+            cells += ["too few seeds"] + [""] * 5
         else:
             cells += [
                 f"{found.difference:+.4f}",
