@@ -36,11 +36,17 @@ class Curves(NamedTuple):
 
 def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Points in the plane, as the paper's Figs. 4, 6 and 7: reconstructions over data, and generated samples with their
-    means; `unit` is that of both axes."""
-    figure = Figure(figsize=(9.0, 2.6 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 2, sharex=True, sharey=True, squeeze=False)
+    means; `unit` is that of both axes. More than six models stand in two columns."""
+    columns = 1 if len(panels) <= 6 else 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(9.0 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2 * columns, sharex=True, sharey=True, squeeze=False)
     dots = {"s": 4, "linewidths": 0, "rasterized": True}
-    for row, panel in zip(axes, panels, strict=True):
+    pairs = [pair for column in np.split(axes, columns, axis=1) for pair in column]
+    for pair in pairs[len(panels) :]:
+        for axis in pair:
+            axis.set_visible(False)
+    for row, panel in zip(pairs, panels, strict=False):
         row[0].scatter(*panel.data.T, color=_DATA, label="data", **dots)
         row[0].scatter(*panel.reconstructions.T, color=_MEANS, label="reconstructions", **dots)
         row[1].scatter(*panel.samples.T, color=_SAMPLES, label="generated samples", **dots)
@@ -160,12 +166,14 @@ def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, (title, curve) in enumerate(curves.items()):
         colour = f"C{index}"
-        top.plot(curve.steps, curve.sigma_mean.T, color=colour, linewidth=0.9)
-        top.plot(curve.steps, np.sqrt(curve.mse.T), color=colour, linewidth=0.9, linestyle=":")
+        # The first of those that coincide, as a replayed run does with its original, is seen.
+        style = {"color": colour, "linewidth": 0.9, "zorder": 2.0 + 1.0 / (1.0 + index)}
+        top.plot(curve.steps, curve.sigma_mean.T, **style)
+        top.plot(curve.steps, np.sqrt(curve.mse.T), linestyle=":", **style)
         top.fill_between(
             curve.steps, curve.sigma_min.min(axis=0), curve.sigma_max.max(axis=0), color=colour, alpha=0.15, linewidth=0
         )
-        bottom.plot(curve.steps, curve.elbo.T, color=colour, linewidth=0.9)
+        bottom.plot(curve.steps, curve.elbo.T, **style)
         bottom.plot([], [], color=colour, label=title)
     top.set(ylabel=f"sigma [{unit}]", yscale="log")
     top.plot([], [], color="grey", linestyle=":", label="root mean squared error")
@@ -222,7 +230,7 @@ def elbo_against_sigma(
     axis.set_ylim(drawn.min() - 0.15 * span, high + 0.08 * span)
     sigmas = np.concatenate([sigmas for sigmas, _ in points.values()]) if points else reused[0]
     axis.set_xlim(sigmas.min() / 2.0, sigmas.max() * 2.0)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

@@ -38,6 +38,18 @@ def test_points_in_the_plane():
     assert figure.get_supxlabel() == "both axes in mm"
 
 
+def test_many_models_in_the_plane_stand_in_two_columns():
+    panels = [panel(str(index), (2,)) for index in range(7)]
+    figure = figures.plane_panels(panels, unit="mm")
+    render(figure)
+    axes = np.reshape(figure.axes, (4, 4))
+    assert [axis.get_ylabel() for axis in [*axes[:, 0], *axes[:, 2]] if axis.get_visible()] == list("0123456")
+    shown = axes[1, 2].collections[0].get_offsets()
+    np.testing.assert_allclose(shown, panels[5].data)
+    assert not axes[3, 2].get_visible()
+    assert not axes[3, 3].get_visible()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images(channels):
     panels = [panel("F-VAE", (4, 4, channels)), panel("LV-VAE", (4, 4, channels))]

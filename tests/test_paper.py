@@ -1,5 +1,6 @@
 """The paper's report: from made-up parts in a moment, and, marked slow, the smoke scale from end to end."""
 
+import io
 import json
 import shlex
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import command, hypersphere, page, paper, sigma_sweep
@@ -72,6 +75,21 @@ def test_a_page_needs_no_other_file():
     assert reader.headings == ["Title"]
     assert reader.cells == 2
     assert reader.images == [{"alt": "one", "src": "data:image/png;base64,iVBORw=="}]
+
+
+def test_a_palette_keeps_the_colours_of_thin_lines(tmp_path):
+    pixels = np.random.default_rng(0).normal(128.0, 40.0, (200, 200, 3)).clip(0, 255).astype(np.uint8)
+    pixels[:20] = np.eye(3, dtype=np.uint8)[np.arange(200) % 3] * 200  # a few of three pure hues
+    (tmp_path / "toy" / "figures").mkdir(parents=True)
+    for name in page.TOY_FIGURES:
+        PIL.Image.fromarray(pixels).save(tmp_path / "toy" / "figures" / f"{name}.png")
+    drawn = page.figures(tmp_path, {"toy": None})
+    assert set(drawn) == {f"figures/toy-{name}.png" for name in page.TOY_FIGURES}
+    png = drawn["figures/toy-elbo.png"]
+    assert len(png) < 0.5 * (tmp_path / "toy" / "figures" / "elbo.png").stat().st_size
+    with PIL.Image.open(io.BytesIO(png)) as image:
+        error = np.abs(np.asarray(image.convert("RGB")).astype(int) - pixels)
+    assert error[:20].max() <= 32
 
 
 def test_cells_cannot_break_a_table():
