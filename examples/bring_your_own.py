@@ -88,7 +88,7 @@ def main(num_steps: int = 2000, file: TextIO = sys.stdout) -> tuple[lv.VAE, lv.T
     for number in range(num_steps):
         index = rng.integers(len(train), size=100)
         state, metrics = step(jax.random.fold_in(jax.random.key(1), number), state, train[index], index)
-        if (number + 1) % (num_steps // 10) == 0:
+        if (number + 1) % max(1, num_steps // 10) == 0:
             scores = metrics.scores
             rows.writerow([number + 1, *(f"{value:.4f}" for value in (scores.elbo, scores.kl, scores.sigma_mean))])
     terms = lv.elbo(jax.random.split(jax.random.key(3), len(test)), vae, state.params, test)

@@ -52,6 +52,8 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
         row[1].scatter(*panel.samples.T, color=_SAMPLES, label="generated samples", **dots)
         row[1].scatter(*panel.sample_means.T, color=_MEANS, label="their means", **dots)
         row[0].set_ylabel(panel.title)
+    for axis in pairs[len(panels) - 1]:  # nothing is below these
+        axis.tick_params(labelbottom=True)
     # The data set the frame: samples of a large sigma lie far outside, and would shrink all others.
     low, high = panels[0].data.min(axis=0), panels[0].data.max(axis=0)
     margin = 0.25 * (high - low).max()

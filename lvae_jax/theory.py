@@ -36,6 +36,9 @@ def bessel_ratio(k: Float[Array, "*S"] | float, *, dim: int) -> Float[Array, "*S
 
     To the last few digits for all k and n. A_n = k / (n + k A_{n+2}) leads down from orders at which the expansion of
     Olver (DLMF 10.41) converges, without a subtraction.
+
+    Raises:
+      ValueError: dim is below 2.
     """
     return _bessel_ratio(_floating(k), dim)
 
@@ -58,6 +61,9 @@ def log_mean_exp(k: Float[Array, "*S"] | float, *, dim: int, scaled: bool = Fals
 
     Equals log Gamma(n/2) + (n/2 - 1) log(2 / k) + log I_{n/2 - 1}(k); relative to its own size it is right to the last
     few digits, however small k is.
+
+    Raises:
+      ValueError: dim is below 2.
     """
     return _log_mean_exp(_floating(k), dim, scaled)
 
@@ -91,10 +97,14 @@ def _floating(x: Array | np.ndarray | float) -> Array:
 
 def _order(dim: int) -> tuple[float, int]:
     """The order at which the expansion is used, and the steps of the recurrence from there down to dim / 2 - 1."""
-    if dim < 2:
-        raise ValueError(f"dim must be at least 2, got {dim}")
+    _check_dim(dim)
     num_steps = max(0, math.ceil(_ORDER - (dim / 2 - 1)))
     return dim / 2 - 1 + num_steps, num_steps
+
+
+def _check_dim(dim: int) -> None:
+    if dim < 2:
+        raise ValueError(f"dim must be at least 2, got {dim}")
 
 
 def _ratios(k: Array, dim: int) -> list[tuple[Array, Array]]:
@@ -146,7 +156,11 @@ def critical_sigma(*, radius: float = 1.0, dim: int) -> float:
 
     >>> critical_sigma(radius=2.0, dim=4)
     1.0
+
+    Raises:
+      ValueError: dim is below 2.
     """
+    _check_dim(dim)
     return radius / math.sqrt(dim)
 
 
@@ -156,6 +170,9 @@ def objective(
     """f(rho) of Eq. 8, in nats: the part of the best ELBO that depends on the radius rho >= 0 of the decoder's outputs.
 
     f(rho) = -rho^2 / (2 sigma^2) + log E exp(rho R u_1 / sigma^2),  u uniform on the unit sphere of R^n
+
+    Raises:
+      ValueError: dim is below 2.
     """
     rho, sigma = _floating(rho), _floating(sigma)
     tilt = log_mean_exp(rho * radius / sigma**2, dim=dim, scaled=True)
@@ -170,6 +187,9 @@ def optimal_radius(sigma: Float[Array, "*S"] | float, *, radius: float = 1.0, di
 
     >>> [round(float(optimal_radius(sigma, dim=3)), 3) for sigma in (0.1, 0.3, 0.5, 0.6)]  # 0.577 is critical
     [0.99, 0.9, 0.6, 0.0]
+
+    Raises:
+      ValueError: dim is below 2.
     """
     sigma = _floating(sigma)
     concentration = (radius / sigma) ** 2
@@ -196,6 +216,9 @@ def optimal_radius(sigma: Float[Array, "*S"] | float, *, radius: float = 1.0, di
 def best_elbo(sigma: Float[Array, "*S"] | float, *, radius: float = 1.0, dim: int) -> Float[Array, "*S"]:
     """The largest ELBO, in nats, that a VAE with this fixed sigma can reach on the sphere of radius R in R^n:
     -(n/2) log(2 pi sigma^2) - R^2 / (2 sigma^2) + max f. It grows without bound as sigma -> 0: the data have no noise.
+
+    Raises:
+      ValueError: dim is below 2.
     """
     sigma = _floating(sigma)
     rho = jax.lax.stop_gradient(optimal_radius(sigma, radius=radius, dim=dim))

@@ -59,6 +59,9 @@ def optimizer(
 
     The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `SIGMA_RATE`
     times that rate. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
+
+    Raises:
+      ValueError: num_steps is not above warmup_steps.
     """
 
     def hasten_likelihood(updates: Params, params: Params | None = None) -> Params:
@@ -250,7 +253,11 @@ def one_device() -> Layout:
 
 def split_batch(devices: Sequence[jax.Device]) -> Layout:
     """Data parallel: each device has all members and an equal part of each batch; `devices` may be of several
-    processes, which feed their own devices."""
+    processes, which feed their own devices.
+
+    Raises:
+      ValueError: by `share`, if a batch does not divide by the devices.
+    """
     mesh = _local_mesh(devices)
     whole = NamedSharding(mesh, PartitionSpec())
     ours = [index for index, device in enumerate(devices) if device.process_index == jax.process_index()]

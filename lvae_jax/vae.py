@@ -70,7 +70,7 @@ class Scores(NamedTuple):
 
 
 def init(key: Key[Array, ""], vae: VAE) -> Params:
-    """Initial parameters of all three parts."""
+    """Initial parameters of all three parts, a dict as `VAE` says."""
     encoder_key, decoder_key = jax.random.split(key)
     return {
         "encoder": vae.encoder.init(encoder_key),
@@ -80,7 +80,8 @@ def init(key: Key[Array, ""], vae: VAE) -> Params:
 
 
 def elbo(keys: Key[Array, " B"], vae: VAE, params: Params, x: Float[Array, "B *S"]) -> Terms:
-    """The evidence lower bound (Eq. 3) by its terms, at a reparameterised z ~ q(z|x)."""
+    """The evidence lower bound (Eq. 3) on log p(x), x [B, *S], by its terms, [B] nats each, at a reparameterised
+    z ~ q(z|x), for which each example has its key."""
     mean, log_stddev = vae.encoder.apply(params["encoder"], x)
     z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
     outputs = vae.decoder.apply(params["decoder"], z)

@@ -157,6 +157,12 @@ def test_information_is_in_nats(name):
     assert re.search(r"\bnats\b", FUNCTIONS[name].__doc__) or re.search(r"\bin nats\b", module.__doc__)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_raises_says_so(name):
+    if re.search(r"^\s+raise \w+", inspect.getsource(FUNCTIONS[name]), re.MULTILINE):
+        assert "Raises:" in FUNCTIONS[name].__doc__
+
+
 def test_examples_in_docstrings_are_there_to_run():
     finder = doctest.DocTestFinder()
     found = {test.name for name in FUNCTIONS for test in finder.find(FUNCTIONS[name], name) if test.examples}

@@ -357,3 +357,19 @@ def test_linear_limit_is_the_largest_likelihood_of_probabilistic_pca(sigma, late
     )
     ours = theory.linear_best_elbo(sigma, stddevs, num_dimensions=4, latent_size=latent_size)
     np.testing.assert_allclose(ours, -best, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda dim: theory.bessel_ratio(1.0, dim=dim),
+        lambda dim: theory.log_mean_exp(1.0, dim=dim),
+        lambda dim: theory.critical_sigma(dim=dim),
+        lambda dim: theory.objective(0.5, 0.3, dim=dim),
+        lambda dim: theory.optimal_radius(0.3, dim=dim),
+        lambda dim: theory.best_elbo(0.3, dim=dim),
+    ],
+)
+def test_there_is_no_sphere_below_two_dimensions(function):
+    with pytest.raises(ValueError, match="dim must be at least 2, got 1"):
+        function(1)
