@@ -7,9 +7,9 @@
   params = lv.init(jax.random.key(0), vae)
   terms = lv.elbo(jax.random.split(jax.random.key(1), len(x)), vae, params, x)  # x [B, 2]; terms.elbo is [B], in nats
 
-Importing it needs jax, flax, optax and jaxtyping. Nothing here compiles, prints or reads flags. (Two of the modules that
-are imported by name do more: `training.Layout.map` is `jax.jit` or `jax.pmap`, for a program to call, and `datasets`
-shows progress while it downloads or prepares images.)
+Importing it needs jax, flax, optax and jaxtyping. Nothing here compiles, prints or reads flags. (Two of the modules
+that have to be imported by name do: `training.Layout.map` is `jax.jit` or `jax.pmap`, for a program to call, and
+`datasets` shows its progress while it downloads or prepares images.)
 """
 
 from lvae_jax import theory
