@@ -17,6 +17,7 @@ if there are two or more images, each of the first nine to the next.
 
 import functools
 import hashlib
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,15 @@ def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
                 value = np.asarray(image).reshape(1, image.height, image.width, -1)
     except FileNotFoundError:
         raise command.UsageError(f"--images={file}: there is no such file") from None
-    except (OSError, ValueError, EOFError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        SyntaxError,
+        tokenize.TokenError,
+        MemoryError,
+        PIL.Image.DecompressionBombError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise command.UsageError(f"--images={file} is no whole .npy, PNG or JPEG file: {reason}") from None
     is_image = len(shape) == 3

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from lvae_jax import evaluation, runs, training
@@ -23,12 +24,15 @@ from lvae_jax.likelihoods import Schedule
 from lvae_jax.training import TrainState
 from lvae_jax.vae import VAE, Scores
 
+Tree = TypeVar("Tree")
+
 CHECKPOINT_SECONDS = 60.0
 # Training examples lie on each device if they take at most this part of its memory, or, where a device keeps silent
 # about that, this many bytes; others are streamed.
 RESIDENT_FRACTION = 0.25
 RESIDENT_BYTES = 2**30
-PREFETCH = 2  # batches on their way to the devices while these are at work
+PREFETCH = 2  # calls' batches on their way to the devices while these are at work
+STREAMED_BYTES = 2**28  # those of one call take at most this much, if they are more than one
 
 
 class Group(NamedTuple):
@@ -90,6 +94,26 @@ def connect(
             f"cannot join the processes ({reason}): give --coordinator_address=HOST:PORT, --num_processes and "
             "--process_id"
         ) from None
+
+
+def in_turn(load: Callable[[], Tree]) -> Tree:
+    """What `load` returns, called by process 0 first and then, when all that it writes is there, by the others.
+
+    Raises:
+      runs.RunError: process 0 has failed. Whatever `load` raises.
+    """
+    loaded, error = None, None
+    if jax.process_index() == 0:
+        try:
+            loaded = load()
+        except Exception as caught:  # the others would wait for ever
+            error = caught
+    failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise runs.RunError("process 0 has no data, and says why")
+    return load() if loaded is None else loaded
 
 
 def layout(dataset: Dataset) -> training.Layout:
@@ -225,6 +249,8 @@ def fit(
     # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
     fused = 1 if jax.default_backend() == "cpu" else math.gcd(interval, num_steps)
     streamed = train is None and dataset.train is not None
+    if streamed:
+        fused = fitting_divisor(fused, num_members * batch_size * dataset.train[0].nbytes, STREAMED_BYTES)
 
     def batches(first: int) -> tuple[Any, Any]:
         """The indices, and if they are streamed the examples, of the `fused` steps from `first` on."""
@@ -267,6 +293,11 @@ def fit(
                 checkpoints.save(step, (devices.collect(states, num_members, 0), record))
                 saved = time.monotonic()
     return jax.device_put(devices.collect(states, num_members, 0)), record
+
+
+def fitting_divisor(count: int, size: int, limit: int) -> int:
+    """The largest divisor of `count` of which as many things of `size` are within the limit; at least 1."""
+    return max(part for part in range(1, count + 1) if count % part == 0 and (part == 1 or part * size <= limit))
 
 
 def prefetch(batches: Callable[[int], Any], firsts: Iterable[int]) -> Iterator[Any]:

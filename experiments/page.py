@@ -49,16 +49,19 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: lef
 
 def figures(path: Path, parts: Mapping[str, Part]) -> dict[str, bytes]:
     """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette in place of
-    all colours: a third of the size. An octree keeps rare hues apart, which thin lines are drawn in."""
+    all colours: a third of the size or less. An octree keeps rare hues apart, which thin lines are drawn in; what it
+    makes of the background, the colour of the first pixel, is set right."""
     found = {}
     for part in parts:
         for name in captions(part):
-            with PIL.Image.open(path / part / "figures" / f"{name}.png") as image:
-                stream = io.BytesIO()
-                small = image.convert("RGB").quantize(
-                    method=PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE
-                )
-                small.save(stream, "PNG", optimize=True)
+            with PIL.Image.open(path / part / "figures" / f"{name}.png") as file:
+                image = file.convert("RGB")
+            small = image.quantize(method=PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE)
+            palette, first = small.getpalette() or [], int(np.asarray(small)[0, 0])
+            palette[3 * first : 3 * first + 3] = np.asarray(image)[0, 0].tolist()
+            small.putpalette(palette)
+            stream = io.BytesIO()
+            small.save(stream, "PNG", optimize=True)
             found[f"figures/{part}-{name}.png"] = stream.getvalue()
     return found
 
@@ -299,6 +302,8 @@ def images_table(part: Part) -> str:
             f"{row['sigma']:.4g}",
             spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
             f"{row['elbo_paper']:.2f}",
+            f"{row['nats_per_dimension']:.4f}",
+            f"{row['bits_per_dimension']:.4f}",
             f"{row['kl']:.2f}",
             over_seeds([255.0 * math.sqrt(member["mse"]) for member in members]),
             f"{row.get('sharpness', math.nan):.3f}",
@@ -312,6 +317,8 @@ def images_table(part: Part) -> str:
         "sigma",
         "ELBO",
         "in the paper",
+        "nats/dim",
+        "bits/dim",
         "KL",
         "error [grey levels]",
         "sharpness",

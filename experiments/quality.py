@@ -10,6 +10,7 @@ The numbers belong to this classifier: they compare the rows of a table, and are
 """
 
 import functools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,16 +200,15 @@ def table(quality: dict[str, Any]) -> str:
         f"{row['row']:32}{row['classifier_frechet_distance']:14.4g}{row['precision']:12.4f}{row['recall']:9.4f}"
         for row in quality["rows"]
     ]
-    return f"""\
-{"":32}{"classifier FD":>14}{"precision":>12}{"recall":>9}
-{chr(10).join(rows)}
-Against the test split, {quality["num_images"]} images of each; mean over {quality["num_seeds"]} seeds. samples: x ~ \
-p(x|z), z ~ p(z), clipped to
-[0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and FD: Frechet distance, all of the features of a
-classifier trained on this data set's labels, test accuracy {quality["classifier_accuracy"]:.4f}: it is no FID, and \
-compares only within this
-table.
-"""
+    seeds = f"mean over {quality['num_seeds']} seeds" if quality["num_seeds"] > 1 else "of one seed"
+    note = (
+        f"Against the test split, {quality['num_images']} images of each, {seeds}. samples: x ~ p(x|z), z ~ p(z), "
+        "clipped to [0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and FD: Frechet distance, all of the "
+        "features of a classifier trained on this data set's labels, test accuracy "
+        f"{quality['classifier_accuracy']:.4f}: it is no FID, and compares only within this table."
+    )
+    titles = f"{'':32}{'classifier FD':>14}{'precision':>12}{'recall':>9}"
+    return "\n".join([titles, *rows, textwrap.fill(note, 118)])
 
 
 def define_flags() -> None:

@@ -49,7 +49,7 @@ def row(members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any) -
     }
     names = evaluation.Diagnostics._fields
     means = (np.mean([member[name] for member in members], axis=0) for name in names)
-    result["diagnosis"] = evaluation.diagnosis(evaluation.Diagnostics(*means))
+    result["diagnosis"] = evaluation.diagnosis(evaluation.Diagnostics(*means), discretised=kind == "discretised")
     if kind != "discretised":
         result["elbo_paper"] = evaluation.paper_elbo(mean["elbo"], shape)
     if kind in ("density", "dequantised", "discretised"):
@@ -105,7 +105,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     if "sharpness" in row:
         cells |= {"sharp": f"{row['sharpness']:.3f}", "noise": f"{row['sample_noise']:.4f}"}
     if "bits_per_dimension" in row:
-        cells["bits/dim"] = f"{row['bits_per_dimension']:.4f}"
+        cells |= {"nats/dim": f"{row['nats_per_dimension']:.4f}", "bits/dim": f"{row['bits_per_dimension']:.4f}"}
     return cells
 
 
@@ -147,7 +147,9 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
     elif "bits/dim" in titles:
         notes.append("bits/dim: a bound on the length of a code for the 8-bit values; 8 for uniform noise.")
     if "bits/dim" in titles and "in the paper" not in titles:
-        notes.append("Here best, and what is said of sigma and bias below, are of the Gaussian before rounding.")
+        notes.append(
+            "Here sigma is that of the Gaussian before rounding, and best, from means clipped to [0, 1], no optimum."
+        )
     return [textwrap.fill(note, 118) for note in notes]
 
 

@@ -25,6 +25,7 @@ from experiments import command, loop, report
 from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS
 from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
+from lvae_jax.images import celeba_fingerprint
 
 NUM_EVIDENCE_EXAMPLES = 1000
 TWINS = {"f_star": "f", "geometric": "replay"}  # the same model with other sigmas: one program serves both
@@ -58,6 +59,7 @@ class Config(NamedTuple):
     dequantize: bool = False
     discretise: bool = False
     fake_data: bool = False
+    celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
 
 
 # The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
@@ -69,7 +71,8 @@ CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 def configure(**values: Any) -> Config:
     """The config of these values, and of the data set's defaults for what is not given or None."""
     given = {name: value for name, value in values.items() if value is not None}
-    defaults = {"toy": {}, "celeb_a": CELEBA_DEFAULTS}.get(given.get("dataset", "toy"), IMAGE_DEFAULTS)
+    name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
+    defaults = {"toy": {}, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
     return Config(**defaults | given)
 
 
@@ -95,10 +98,12 @@ def run(
     """
     places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
     check(config, **places)
+    if celeba_dir is not None:
+        config = config._replace(celeba_files=celeba_fingerprint(celeba_dir))
 
     def compute(path: Path) -> dict[str, Any]:
         record = imported_record(config, path)
-        dataset = datasets.load(config.dataset, **data_options(config), **places)
+        dataset = loop.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
         runs.make_run(path, config._asdict())
         return train_all(config, path, dataset, record)
 
@@ -389,7 +394,8 @@ def evaluate(
     members, panels = [], []
     for index, seed in enumerate(group.seeds):
         final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}
-        final["diagnosis"] = evaluation.diagnosis(type(diagnostics)(*(field[index] for field in diagnostics)))
+        of_member = type(diagnostics)(*(field[index] for field in diagnostics))
+        final["diagnosis"] = evaluation.diagnosis(of_member, discretised=config.discretise)
         sigma = float(group.sigmas[index]) if variant in CONSTANT else final["sigma_mean"]
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
@@ -526,7 +532,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    values = command.values(Config._fields)
+    values = command.values(name for name in Config._fields if name != "celeba_files")
     values["sigma"] = command.numbers("sigma", values["sigma"])
     values["widths"] = values["widths"] and command.numbers("widths", values["widths"], int)
     config = configure(**values | {"variants": tuple(values["variants"])})

@@ -61,7 +61,8 @@ class Diagnostics(NamedTuple):
         changes it, where one direction can make many units active.
       floor_fraction: [...], of stddevs of p(x|z), those within 5 % of the head's floor; 0 where it has none.
       sigma_factor: [...], sigma* / sigma: by what all stddevs would have to be multiplied to maximise log p(x|z), in
-        closed form the root mean square of the standardised residuals. With a scalar sigma, sigma* = sqrt(mse).
+        closed form the root mean square of the standardised residuals. With a scalar sigma, sigma* = sqrt(mse). Not of
+        a discretised head, whose mean is clipped to [0, 1].
       residual_mean, residual_stddev: [...], of the standardised residuals of all examples and data dimensions.
       coverage: [..., 3], the fraction of values within the central intervals `INTERVALS` of p(x|z).
     """
@@ -220,12 +221,13 @@ def diagnostics(details: Details) -> Diagnostics:
     )
 
 
-def diagnosis(diagnostics: Diagnostics) -> str:
+def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
     """One model's diagnostics in plain words, on one line: "healthy", or everything that is wrong.
 
     In this order: a value that is not finite; posterior collapse, no active unit; sigma at its floor in more than 5 %
     of the dimensions; overconfident or underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by
-    more than 0.1 stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05.
+    more than 0.1 stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. Of a
+    `discretised` head the residuals, which are from its clipped mean, are not judged: they say little of probabilities.
     """
     if not all(np.isfinite(field).all() for field in diagnostics):
         return "diverged: a diagnostic is not finite"
@@ -235,6 +237,8 @@ def diagnosis(diagnostics: Diagnostics) -> str:
         findings.append(f"posterior collapse: none of the latent dimensions, {size}, is active")
     if diagnostics.floor_fraction > 0.05:
         findings.append(f"sigma at its floor in {diagnostics.floor_fraction:.0%} of the dimensions")
+    if discretised:
+        return "; ".join(findings) or "healthy"
     if not 1.0 / 1.1 <= factor <= 1.1:
         confidence = "overconfident" if factor > 1.0 else "underconfident"
         findings.append(f"{confidence}: {factor:.3g} times its sigma would be optimal")

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,7 @@ def celeba_images(celeba_dir: str, *, image_size: int, data_dir: str | None = No
       DatasetError: no folder, no images in it or none of one split, an image that has no split, is broken or of
         another size, a damaged cache or no room for one.
     """
-    folder = Path(celeba_dir).expanduser().resolve()
-    try:
-        files = {file.name: file.stat() for file in os.scandir(folder) if re.fullmatch(r"\d{6}\.jpg", file.name)}
-        split_of = _celeba_partition(folder)
-    except OSError as error:
-        raise DatasetError(
-            f"--celeba_dir={celeba_dir} cannot be read ({error.strerror}): give the folder that holds 000001.jpg"
-        ) from None
-    if not files:
-        raise DatasetError(
-            f"--celeba_dir={celeba_dir} holds no image called like 000001.jpg: give the folder img_align_celeba"
-        )
+    folder, files, split_of = _celeba_folder(celeba_dir)
     members: dict[str, list[str]] = {split: [] for split in CELEBA_SPLITS}
     for name in sorted(files):
         split = split_of(name)
@@ -136,9 +126,40 @@ def celeba_images(celeba_dir: str, *, image_size: int, data_dir: str | None = No
     return _map_cache(caches["train"]), _map_cache(caches["test"])
 
 
+def celeba_fingerprint(celeba_dir: str) -> str:
+    """Which images the folder holds, by their names and sizes: the same for a copy of the folder.
+
+    Raises:
+      DatasetError: the folder cannot be read, or holds no images.
+    """
+    _, files, _ = _celeba_folder(celeba_dir)
+    lines = [f"{name} {files[name].st_size}" for name in sorted(files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _celeba_folder(celeba_dir: str) -> tuple[Path, dict[str, os.stat_result], Callable[[str], str | None]]:
+    """The folder, its images by name, and the split that a name belongs to."""
+    folder = Path(celeba_dir).expanduser().resolve()
+    try:
+        with os.scandir(folder) as entries:
+            files = {file.name: file.stat() for file in entries if re.fullmatch(r"\d{6}\.jpg", file.name)}
+        split_of = _celeba_partition(folder)
+    except OSError as error:
+        raise DatasetError(
+            f"--celeba_dir={celeba_dir}: {error.filename} cannot be read ({error.strerror}): "
+            "give the folder that holds 000001.jpg, with every image whole"
+        ) from None
+    if not files:
+        raise DatasetError(
+            f"--celeba_dir={celeba_dir} holds no image called like 000001.jpg: give the folder img_align_celeba"
+        )
+    return folder, files, split_of
+
+
 def celeba_face(jpeg: Path | io.BytesIO, image_size: int, *, name: str) -> np.ndarray:
     """The face in one of CelebA's aligned JPEGs, uint8 [image_size, image_size, 3]: cut out, then scaled, as the
-    module's docstring says. `name` stands for the image in errors.
+    module's docstring says. `name` stands for the image in errors. Damage after which a decoder still finds all rows is
+    not seen.
 
     Raises:
       DatasetError: it is not a whole JPEG, or of another size than CelebA's.
@@ -220,7 +241,9 @@ def _cache_name(split: str, image_size: int | None) -> str:
 def _map_cache(cache: Path) -> np.ndarray:
     try:
         return np.load(cache, mmap_mode="r")
-    except (ValueError, EOFError, OSError):
+    except OSError as error:
+        raise DatasetError(f"the cached data in {cache} cannot be read ({error.strerror})") from None
+    except (ValueError, EOFError, tokenize.TokenError):
         raise DatasetError(f"the cached data in {cache} are damaged: delete this file") from None
 
 

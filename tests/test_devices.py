@@ -258,6 +258,35 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_done(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [(100, 1, 100), (100, 3, 25), (100, 30, 2), (100, 100, 1), (100, 10**9, 1), (7, 20, 1)],
+)
+def test_streamed_calls_stay_within_their_bytes(count, size, expected):
+    assert loop.fitting_divisor(count, size, 100) == expected
+    assert count % expected == 0
+
+
+def test_data_are_loaded_once_and_a_failure_is_passed_on(monkeypatch):
+    calls = []
+    assert loop.in_turn(lambda: calls.append(1) or "data") == "data"
+    assert calls == [1]
+
+    def broken():
+        raise ValueError("no disk")
+
+    with pytest.raises(ValueError, match="no disk"):
+        loop.in_turn(broken)
+    # Another process hears from process 0 whether there are data, before it looks for them itself.
+    monkeypatch.setattr(loop.jax, "process_index", lambda: 1)
+    told = []
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: told.append(failed) or np.True_)
+    with pytest.raises(runs.RunError, match="process 0 has no data"):
+        loop.in_turn(lambda: pytest.fail("loaded"))
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: np.False_)
+    assert loop.in_turn(lambda: "later") == "later"
+
+
 def test_prefetching_keeps_the_order_and_passes_errors_on():
     def batches(first):
         if first == 7:

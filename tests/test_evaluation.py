@@ -337,6 +337,13 @@ def test_diagnosis_names_everything_that_is_wrong():
     ]
 
 
+def test_residuals_of_a_discretised_head_are_not_judged():
+    changed = HEALTHY._replace(sigma_factor=np.float64(0.1), residual_mean=np.float64(0.5))
+    assert evaluation.diagnosis(changed, discretised=True) == "healthy"
+    collapsed = evaluation.diagnosis(changed._replace(active_units=np.int64(0)), discretised=True)
+    assert collapsed == "posterior collapse: none of the latent dimensions, 2, is active"
+
+
 def test_a_decoder_that_ignores_z_is_diagnosed():
     vae, _ = linear()
     blind = Network(vae.encoder.init, lambda params, x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))))

@@ -312,6 +312,8 @@ BAD_IMAGES = {
     "empty.npy": "no whole",
     "pickled.npy": "no whole",
     "archive.npy": "no whole",
+    "garbled.npy": "no whole",
+    "endless.npy": "no whole",
     "small.png": "not [1, 4, 4, 3]",
     "grey.png": "not [1, 8, 8, 1]",
     "palette.png": "mode P",
@@ -337,6 +339,10 @@ def bad_images(tmp_path_factory, photos):
     np.save(folder / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     with open(folder / "archive.npy", "wb") as file:
         np.savez(file, photos)
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000000, 8, 8, 3), }"
+    for name, text in (("garbled", header.replace(b"(", b"[")), ("endless", header)):
+        text = text.ljust(117) + b"\n"
+        (folder / f"{name}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
     image.resize((4, 4)).save(folder / "small.png")
     image.convert("L").save(folder / "grey.png")
     image.convert("P").save(folder / "palette.png")

@@ -149,6 +149,7 @@ def forged(size):
 FAULTS = {
     "no folder": (shutil.rmtree, "cannot be read .*give the folder that holds 000001"),
     "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("")), "cannot be read"),
+    "a link to nowhere": (lambda folder: (folder / "000002.jpg").symlink_to("gone.jpg"), "000002.jpg cannot be read"),
     "no images": (lambda folder: remove(folder, *OFFICIAL), "no image called like 000001.jpg: give the folder"),
     "no train images": (
         lambda folder: remove(folder, 1, 162770),
@@ -230,6 +231,25 @@ def test_a_cache_cut_short_is_refused_and_kept(folder, tmp_path, size):
     assert caches(tmp_path / "data") == before
     cache.unlink()
     assert_holds(load(folder, tmp_path / "data")[0], [1, 162770])
+
+
+def test_a_cache_with_a_garbled_header_is_refused(folder, tmp_path):
+    load(folder, tmp_path / "data")
+    cache = next((tmp_path / "data" / "celeb_a").glob("*-train-*"))
+    cache.write_bytes(cache.read_bytes().replace(b"(", b"[", 1))
+    with pytest.raises(datasets.DatasetError, match=f"{cache} are damaged: delete this file"):
+        load(folder, tmp_path / "data")
+
+
+def test_a_cache_that_may_not_be_read_is_not_called_damaged(folder, tmp_path, monkeypatch):
+    load(folder, tmp_path / "data")
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "load", refused)
+    with pytest.raises(datasets.DatasetError, match=r"cannot be read \(Permission denied\)"):
+        load(folder, tmp_path / "data")
 
 
 def full_from_the_start(monkeypatch):

@@ -90,6 +90,7 @@ def test_a_palette_keeps_the_colours_of_thin_lines(tmp_path):
     with PIL.Image.open(io.BytesIO(png)) as image:
         error = np.abs(np.asarray(image.convert("RGB")).astype(int) - pixels)
     assert error[:20].max() <= 32
+    assert error[0, 0].max() == 0, "the background keeps its colour"
 
 
 def test_cells_cannot_break_a_table():

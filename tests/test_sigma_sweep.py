@@ -318,11 +318,21 @@ def test_celeba_from_a_folder_reaches_the_sweep(tmp_path):
     assert summary["rows"][0]["mse"] == pytest.approx(1.0, abs=0.05)
     assert summary["members"][0]["sigma"] == 0.1
     assert runs.read_metrics(tmp_path / "run")[0]["mse"] < 0.01
+    # The run belongs to these images, wherever they lie; others do not go on with it, nor are its numbers theirs.
+    places = {"data_dir": str(tmp_path / "data")}
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert sweep(config, tmp_path / "run", celeba_dir=str(copy), **places) == summary
+    PIL.Image.new("RGB", (178, 218), "black").save(copy / "000002.jpg")
+    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another --run_dir"):
+        sweep(config, tmp_path / "run", celeba_dir=str(copy), **places)
 
 
 def test_celebas_images_have_64_pixels_a_side_unless_told_otherwise():
     assert sigma_sweep.configure(dataset="celeb_a").image_size == 64
     assert sigma_sweep.configure(dataset="celeb_a", image_size=32).image_size == 32
+    assert sigma_sweep.configure(dataset="celeb_a:2.1.0") == sigma_sweep.configure(dataset="celeb_a")._replace(
+        dataset="celeb_a:2.1.0"
+    )
     assert sigma_sweep.configure(dataset="mnist").image_size is None
 
 
@@ -414,7 +424,8 @@ def test_a_directory_of_other_flags_is_refused(toy_run):
 
 def test_help_lists_every_flag():
     result = run_command("--help")
-    for name in (*sigma_sweep.Config._fields, "run_dir", "data_dir", "manual_dir", "celeba_dir"):
+    fields = set(sigma_sweep.Config._fields) - {"celeba_files"}
+    for name in (*fields, "run_dir", "data_dir", "manual_dir", "celeba_dir"):
         assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
     assert "python -m experiments.sigma_sweep --sigma=0.1" in result.stdout
 
