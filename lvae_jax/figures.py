@@ -1,6 +1,5 @@
 """Arrays to matplotlib figures. Nothing here touches the disk, the screen or matplotlib's global state."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -52,7 +51,7 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
         row[0].scatter(*panel.reconstructions.T, color=_MEANS, label="reconstructions", **dots)
         row[1].scatter(*panel.samples.T, color=_SAMPLES, label="generated samples", **dots)
         row[1].scatter(*panel.sample_means.T, color=_MEANS, label="their means", **dots)
-        row[0].set_ylabel(textwrap.fill(panel.title, 20))
+        row[0].set_ylabel(panel.title.replace(", sigma", ",\nsigma"))
     for axis in pairs[len(panels) - 1]:  # nothing is below these
         axis.tick_params(labelbottom=True)
     # The data set the frame: samples of a large sigma lie far outside, and would shrink all others.
