@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
@@ -226,17 +227,13 @@ def restore(path: Path, config: sigma_sweep.Config, name: str, variant: str, sha
     init = functools.partial(
         training.members_init,
         make_vae=lambda sigma: make_vae(config, variant, shape),
-        optimizer=training.optimizer(
-            config.num_steps, learning_rate=config.learning_rate, warmup_steps=config.warmup_steps
-        ),
-        ema_decay=config.ema_decay,
+        optimizer=optax.identity(),  # of whose state a finished run keeps nothing
     )
     record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)
     with runs.Checkpoints(path, name) as checkpoints:
-        restored = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas), record))
-    if restored is None:
-        raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
-    states, _ = restored
+        if checkpoints.step is None:
+            raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
+        states, _ = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas).finished(), record))
     return states.weights
 
 

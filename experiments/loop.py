@@ -206,16 +206,19 @@ def compile_programs(
 def start(
     run_dir: Path, group: Group, programs: Programs, *, num_steps: int
 ) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
-    """The group's states and its record of sigma: from its checkpoint if there is one, else before the first step.
+    """The group's states and its record of sigma: from its checkpoint if there is one, `TrainState.finished` if it has
+    taken all of its steps, else before the first step.
 
     Raises:
       runs.RunError: the checkpoint is damaged or of another shape.
     """
-    fresh = (programs.init(group.seeds, group.sigmas), np.full((len(group.seeds), num_steps + 1), np.nan, np.float32))
+    record = np.full((len(group.seeds), num_steps + 1), np.nan, np.float32)
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
-        restored = checkpoints.restore(fresh)
-    states, record = fresh if restored is None else restored
-    return states, np.array(record)
+        if checkpoints.step is None:
+            return programs.init(group.seeds, group.sigmas), record
+        like = jax.eval_shape(programs.init, group.seeds, group.sigmas)
+        states, record = checkpoints.restore((like.finished() if checkpoints.step == num_steps else like, record))
+        return states, np.array(record)
 
 
 def fit(
@@ -234,8 +237,9 @@ def fit(
     `train` is what `place` returned; examples that it left on the host are streamed.
 
     Returns:
-      The final states, and the record of sigma in force at each step from 0 to T = `num_steps` (where sigma is a
-      vector: its largest value); the last one, after the last update, is left NaN for the evaluation to fill.
+      The final states, `TrainState.finished`, and the record of sigma in force at each step from 0 to T = `num_steps`
+      (where sigma is a vector: its largest value); the last one, after the last update, is left NaN for the evaluation
+      to fill.
 
     Raises:
       runs.RunError: the checkpoint is damaged, or training diverged.
@@ -244,6 +248,8 @@ def fit(
     step, num_members, devices = int(states.step[0]), len(group.seeds), programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
     bar.update(step * num_members)
+    if step == num_steps:
+        return states, record
 
     interval = max(1, min(100, num_steps // 100))  # between two lines of metrics
     # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
@@ -290,9 +296,10 @@ def fit(
             bar.update((stop - step) * num_members)
             step = stop
             if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoints.save(step, (devices.collect(states, num_members, 0), record))
+                kept = devices.collect(states.finished() if step == num_steps else states, num_members, 0)
+                checkpoints.save(step, (kept, record))
                 saved = time.monotonic()
-    return jax.device_put(devices.collect(states, num_members, 0)), record
+    return jax.device_put(kept), record
 
 
 def fitting_divisor(count: int, size: int, limit: int) -> int:

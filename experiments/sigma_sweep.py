@@ -48,6 +48,8 @@ class Config(NamedTuple):
     gain: float = 0.03
     beta: float = 1.0
     learning_rate: float = 2e-3
+    decay: bool = True
+    sigma_rate: float = 10.0
     clip_norm: float = 1.0
     warmup_steps: int = 0
     ema_decay: float = 0.0
@@ -140,7 +142,7 @@ def check(config: Config, **places: Any) -> None:
     if min(config.widths, default=0) < 1 or (config.dataset == "toy" and len(config.widths) > 1):
         number = "one positive number" if config.dataset == "toy" else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
-    for name in ("learning_rate", "clip_norm", "gain"):
+    for name in ("learning_rate", "sigma_rate", "clip_norm", "gain"):
         value = getattr(config, name)
         if not 0.0 < value < math.inf:
             raise command.UsageError(f"--{name}={value:g}: must be a positive number")
@@ -283,7 +285,7 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
     alone = len(dataset.shape) == 3
-    names = ("num_steps", "learning_rate", "clip_norm", "warmup_steps", "ema_decay")
+    names = ("num_steps", "learning_rate", "decay", "sigma_rate", "clip_norm", "warmup_steps", "ema_decay")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     programs: dict[str, loop.Programs] = {}
     for variant in order:
@@ -330,7 +332,6 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
         "num_importance_samples": config.num_importance_samples,
         "num_evidence_examples": NUM_EVIDENCE_EXAMPLES,
         "unit": dataset.unit,
-        "weights": "ema" if config.ema_decay else "params",  # of a checkpoint, which these are the scores of
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
@@ -485,8 +486,10 @@ def define_flags() -> None:
         f"{CELEBA_DEFAULTS['num_blocks']})",
     )
     flags.DEFINE_bool("bfloat16", defaults.bfloat16, "compute the networks, up to their last layers, in bfloat16")
+    flags.DEFINE_float("learning_rate", defaults.learning_rate, "of Adam; the largest, where it decays")
+    flags.DEFINE_bool("decay", defaults.decay, "lower the learning rate to zero by a half cosine")
     flags.DEFINE_float(
-        "learning_rate", defaults.learning_rate, "the largest, which then decays to zero by a half cosine"
+        "sigma_rate", defaults.sigma_rate, "of the LS-VAE's log sigma: its learning rate by that of the networks"
     )
     flags.DEFINE_float(
         "clip_norm",

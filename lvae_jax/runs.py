@@ -155,15 +155,18 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._manager.save(step, args=ocp.args.StandardSave(tree))
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest checkpoint, or None if there is none; `like` is a pytree of the same structure, shapes and types.
+    @property
+    def step(self) -> int | None:
+        """That of the newest checkpoint, or None if there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> Any:
+        """The newest checkpoint, where there is one; `like` is a pytree of the same structure, shapes and types.
 
         Raises:
           RunError: the checkpoint is damaged or of another shape.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        step = self.step
         # On the devices at hand, whichever it was saved on.
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like)

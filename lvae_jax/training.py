@@ -20,10 +20,6 @@ from lvae_jax import vae as vae_lib
 from lvae_jax.likelihoods import Schedule
 from lvae_jax.vae import VAE, Params, Scores
 
-# Adam moves a parameter by at most about one learning rate a step, and log sigma of an LS-VAE is a single parameter
-# with some three nats to go. At this multiple of the networks' rate, it follows them instead of limiting them.
-SIGMA_RATE = 10.0
-
 
 class TrainState(NamedTuple):
     """step: [] int32, gradient steps taken; params, in force at that step; opt_state, of the optimiser; ema, the
@@ -39,6 +35,10 @@ class TrainState(NamedTuple):
         """What is to be evaluated: the average where one is kept, else the params."""
         return self.params if self.ema is None else self.ema
 
+    def finished(self) -> "TrainState":
+        """The state without what only further steps need: a third of the size, or less."""
+        return TrainState(self.step, self.weights, opt_state=())
+
 
 class Metrics(NamedTuple):
     """Of one training batch, under the parameters that the step began with; all [] floats.
@@ -52,24 +52,33 @@ class Metrics(NamedTuple):
 
 
 def optimizer(
-    num_steps: int, *, learning_rate: float = 2e-3, warmup_steps: int = 0, clip_norm: float = 1.0
+    num_steps: int,
+    *,
+    learning_rate: float = 2e-3,
+    decay: bool = True,
+    sigma_rate: float = 10.0,
+    warmup_steps: int = 0,
+    clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Adam on gradients clipped to a global norm, its rate raised from zero over `warmup_steps` and then decayed to
-    zero by a half cosine up to `num_steps`.
+    """Adam on gradients clipped to a global norm, its rate raised from zero over `warmup_steps` and then, with `decay`,
+    lowered to zero by a half cosine up to `num_steps`.
 
-    The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `SIGMA_RATE`
-    times that rate. Clipping makes the start harmless: at sigma = 0.01 the first loss is some 10^4 nats.
+    The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `sigma_rate`
+    times that rate. Adam moves a parameter by at most about one learning rate a step, and log sigma has some three nats
+    to go: at this multiple, it follows the networks instead of limiting them. Clipping makes the start harmless: at
+    sigma = 0.01 the first loss is some 10^4 nats.
 
     Raises:
       ValueError: num_steps is not above warmup_steps.
     """
 
     def hasten_likelihood(updates: Params, params: Params | None = None) -> Params:
-        return {**updates, "likelihood": jax.tree.map(lambda update: SIGMA_RATE * update, updates["likelihood"])}
+        return {**updates, "likelihood": jax.tree.map(lambda update: sigma_rate * update, updates["likelihood"])}
 
+    end = 0.0 if decay else learning_rate
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps)),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps, end)),
         optax.stateless(hasten_likelihood),
     )
 

@@ -77,7 +77,7 @@ def tree(size=3, fill=1.5):
 
 def saved(tmp_path):
     with runs.Checkpoints(tmp_path, "ls") as checkpoints:
-        assert checkpoints.restore(tree()) is None
+        assert checkpoints.step is None
         checkpoints.save(4, tree(fill=0.0))
         checkpoints.save(8, tree())
     return tmp_path / "checkpoints" / "ls"
@@ -85,13 +85,15 @@ def saved(tmp_path):
 
 def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
-    restored = runs.Checkpoints(tmp_path, "ls").restore(tree())
+    with runs.Checkpoints(tmp_path, "ls") as checkpoints:
+        assert checkpoints.step == 8
+        restored = checkpoints.restore(tree())
     np.testing.assert_array_equal(restored["params"]["w"], tree()["params"]["w"])
     np.testing.assert_array_equal(restored["record"], tree()["record"])
     assert restored["step"] == 4
     assert restored["step"].dtype == jnp.int32
     assert [child.name for child in folder.iterdir() if child.name.isdigit()] == ["8"]
-    assert runs.Checkpoints(tmp_path, "lv").restore(tree()) is None
+    assert runs.Checkpoints(tmp_path, "lv").step is None
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):

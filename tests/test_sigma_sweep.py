@@ -1,5 +1,6 @@
 """The main job, end to end: on the toy and on real MNIST, interrupted and resumed, and given nonsense."""
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,7 +19,7 @@ import PIL.Image
 import pytest
 
 from experiments import command, loop, report, sigma_sweep
-from lvae_jax import datasets, evaluation, images, likelihoods, networks, runs, toy
+from lvae_jax import datasets, evaluation, images, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
 
 ROOT = Path(__file__).parents[1]
@@ -241,15 +243,28 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
 
 def test_options_of_training_reach_the_result(tmp_path):
     plain = SMALL._replace(variants=("ls",), num_seeds=1)
-    options = {"learning_rate": 1e-2, "clip_norm": 1e-2, "warmup_steps": 30, "ema_decay": 0.9}
-    options |= {"bfloat16": True, "num_blocks": 2}
+    options = {"learning_rate": 1e-2, "decay": False, "sigma_rate": 1.0, "clip_norm": 1e-2, "warmup_steps": 30}
+    options |= {"ema_decay": 0.9, "bfloat16": True, "num_blocks": 2}
     results = [
         sweep(plain._replace(**option), tmp_path / name)
         for name, option in {"plain": {}, **{name: {name: value} for name, value in options.items()}}.items()
     ]
     assert len({result["rows"][0]["elbo"] for result in results}) == 1 + len(options)
-    weights = [result["weights"] for result in results]
-    assert weights == ["ema" if name == "ema_decay" else "params" for name in ("plain", *options)]
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_what_is_trained_keeps_its_weights_alone_and_is_only_evaluated(tmp_path, monkeypatch, ema_decay):
+    config = SMALL._replace(variants=("ls",), widths=(64,), ema_decay=ema_decay)
+    trained = sweep(config, tmp_path)
+    weights = jax.eval_shape(
+        functools.partial(vae_lib.init, vae=sigma_sweep.model(config, "ls", (2,))(1.0)), jax.random.key(0)
+    )
+    floats = config.num_seeds * sum(leaf.size for leaf in jax.tree.leaves(weights))
+    stored = sum(file.stat().st_size for file in (tmp_path / "checkpoints" / "ls").rglob("*") if file.is_file())
+    assert stored < 1.5 * 4 * floats + 20_000, "without Adam's moments; the rest describes it"
+    (tmp_path / "summary.json").unlink()
+    monkeypatch.setattr(training, "members_steps", lambda *args, **options: pytest.fail("it trains"))
+    assert sweep(config, tmp_path) == trained
 
 
 def test_images_train_on_the_train_split_and_are_judged_on_the_test_split(tmp_path, monkeypatch):
@@ -391,6 +406,7 @@ BAD = {
     "--dataset=mnist --widths=32,0": "positive numbers",
     "--num_blocks=0": "at least 1",
     "--learning_rate=0": "positive",
+    "--sigma_rate=0": "positive",
     "--clip_norm=0": "positive",
     "--warmup_steps=3000": "num_steps - 1",
     "--ema_decay=1": "below 1",

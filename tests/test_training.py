@@ -29,9 +29,9 @@ def points(seed=0):
     return toy.sample(jax.random.split(jax.random.key(seed), BATCH))
 
 
-def take_steps(head, sigma, num_steps, *, beta=1.0, learning_rate=2e-3, clip_norm=1.0):
+def take_steps(head, sigma, num_steps, *, beta=1.0, **options):
     vae = make_vae(sigma, head)
-    optimizer = training.optimizer(num_steps, learning_rate=learning_rate, clip_norm=clip_norm)
+    optimizer = training.optimizer(num_steps, **options)
     state = training.init(jax.random.key(0), vae, optimizer)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer, beta=beta))
     for index in range(num_steps):
@@ -96,10 +96,11 @@ def test_without_options_the_optimizer_is_the_plain_one_to_the_bit():
         states = plain_state, state
 
 
+@pytest.mark.parametrize("decay", [True, False])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
-def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps):
+def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine_or_stays(warmup_steps, decay):
     num_steps, rate = 10, 0.1
-    optimizer = training.optimizer(num_steps, learning_rate=rate, warmup_steps=warmup_steps, clip_norm=1e9)
+    optimizer = training.optimizer(num_steps, learning_rate=rate, decay=decay, warmup_steps=warmup_steps, clip_norm=1e9)
     params = {"decoder": jnp.zeros(()), "likelihood": {}}
     state, seen = optimizer.init(params), []
     for _ in range(num_steps):
@@ -108,7 +109,7 @@ def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps):
         seen.append(-updates["decoder"])
     step = np.arange(num_steps)
     cosine = 0.5 * (1 + np.cos(np.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
-    expected = rate * np.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+    expected = rate * np.where(step < warmup_steps, step / max(warmup_steps, 1), cosine if decay else 1.0)
     np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-8)
 
 
@@ -158,12 +159,14 @@ def test_metrics_are_those_of_the_parameters_before_the_step():
     np.testing.assert_allclose(metrics.scores.sigma_max, 0.5, rtol=1e-6)
 
 
-def test_fixed_sigma_never_moves_and_learned_sigma_moves_at_its_own_rate():
+@pytest.mark.parametrize("options", [{}, {"sigma_rate": 1.0}])
+def test_fixed_sigma_never_moves_and_learned_sigma_moves_at_its_own_rate(options):
     fixed, _ = take_steps(likelihoods.fixed, 0.3, 5)
     np.testing.assert_array_equal(fixed.params["likelihood"]["log_stddev"], jnp.log(jnp.float32(0.3)))
-    learned, _ = take_steps(likelihoods.learned_scalar, 1.0, 1, learning_rate=1e-3)
+    learned, _ = take_steps(likelihoods.learned_scalar, 1.0, 1, learning_rate=1e-3, **options)
     # Adam's first step is one learning rate.
-    np.testing.assert_allclose(abs(learned.params["likelihood"]["log_stddev"]), training.SIGMA_RATE * 1e-3, rtol=1e-3)
+    expected = 1e-3 * options.get("sigma_rate", 10.0)
+    np.testing.assert_allclose(abs(learned.params["likelihood"]["log_stddev"]), expected, rtol=1e-3)
 
 
 def test_learned_scalar_settles_where_sigma_squared_is_the_mean_squared_error():
