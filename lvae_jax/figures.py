@@ -1,5 +1,6 @@
 """Arrays to matplotlib figures. Nothing here touches the disk, the screen or matplotlib's global state."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
+_MODELS = [f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # grey, C7, is for what is no model
 
 
 class Panel(NamedTuple):
@@ -210,7 +212,7 @@ def elbo_against_sigma(
     """
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     axis = figure.subplots()
-    colours = {title: f"C{index}" for index, title in enumerate(dict.fromkeys([*points, *lines]))}
+    colours = dict(zip(dict.fromkeys([*lines, *points]), itertools.cycle(_MODELS), strict=False))
     for title, elbos in lines.items():
         axis.axhline(elbos.mean(), color=colours[title], linewidth=1.0, label=None if title in points else title)
         if len(elbos) > 1:

@@ -2,7 +2,7 @@
 
 import io
 
-import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 
@@ -138,6 +138,17 @@ def test_elbo_against_sigma():
     low, high = axis.get_ylim()
     assert low < -7.0
     assert high > -0.1
+
+
+def test_every_model_has_a_colour_of_its_own_and_none_is_grey():
+    titles = [f"model {index}" for index in range(8)]
+    points = {title: (np.array([0.1 + index]), np.array([-1.0])) for index, title in enumerate(titles[1:])}
+    figure = figures.elbo_against_sigma(
+        points, {titles[0]: np.array([-2.0])}, reused=(GRID, {}), limits=EMPTY, bound=None, unit="toy length"
+    )
+    colours = [matplotlib.colors.to_hex(line(figure.axes[0], title).get_color()) for title in titles]
+    assert len(set(colours)) == len(titles)
+    assert not {matplotlib.colors.to_hex(name) for name in ("grey", "tab:gray", "black")} & set(colours)
 
 
 @pytest.mark.parametrize(
