@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,16 @@ def numbers(name: str, texts: Iterable[str], kind: type = float) -> tuple[Any, .
         raise UsageError(f"--{name}={','.join(texts)}: every value must be a {what}") from None
 
 
-def run_path(config: Mapping[str, Any], name: str, run_dir: str | None) -> Path:
-    """The directory asked for, or one below runs/ whose name is made of `name` and the config alone: the same command
-    finds its run again."""
-    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+def run_path(config: Any, name: str, run_dir: str | None) -> Path:
+    """The directory asked for, or one below runs/ whose name is made of `name` and of what in the config, a NamedTuple,
+    is not the default: the same command finds its run again, even if it has learned new flags since."""
+    given = {key: value for key, value in config._asdict().items() if value != config._field_defaults[key]}
+    digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8]
     return Path(run_dir).expanduser() if run_dir else Path("runs", f"{name}_{digest}")
 
 
 def run(
-    config: Mapping[str, Any],
+    config: Any,
     name: str,
     run_dir: str | None,
     *,
@@ -89,8 +90,8 @@ def run(
     table: Callable[[dict[str, Any]], str],
     echo: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The summary of the finished run of this config, or else what `compute(run directory)` returns, written there;
-    echoed as a table either way.
+    """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else what
+    `compute(run directory)` returns, written there; echoed as a table either way.
 
     Raises:
       runs.RunError: the directory belongs to something else. Whatever `compute` raises.
@@ -98,7 +99,7 @@ def run(
     if jax.process_index() != 0:
         echo = _silent
     path = run_path(config, name, run_dir)
-    summary = runs.find_run(path, config)
+    summary = runs.find_run(path, config._asdict(), defaults=config._field_defaults)
     if summary is not None:
         echo(f"{path} is finished")
         echo(table(summary))

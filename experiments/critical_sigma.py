@@ -57,7 +57,7 @@ def run(
         return measure(config, path, dataset, trained)
 
     name = f"critical-sigma_{config.dataset.replace('/', '-')}"
-    return command.run(config._asdict(), name, run_dir, compute=compute, table=table, echo=echo)
+    return command.run(config, name, run_dir, compute=compute, table=table, echo=echo)
 
 
 def f_vaes(config: Config) -> list[dict[str, Any]]:

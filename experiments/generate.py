@@ -102,7 +102,7 @@ def read_run(path: Path) -> tuple[sigma_sweep.Config, dict[str, Any]]:
     Raises:
       runs.RunError: there is none in `path`.
     """
-    recorded: dict[str, Any] = runs.read_json(path / "flags.json")
+    recorded = runs.read_flags(path, defaults=sigma_sweep.Config._field_defaults)
     if recorded.keys() != set(sigma_sweep.Config._fields):
         raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
     if not (path / "summary.json").exists():

@@ -51,7 +51,7 @@ def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], Non
         runs.make_run(path, config._asdict())
         return train_all(config, path)
 
-    return command.run(config._asdict(), "hypersphere", run_dir, compute=compute, table=table, echo=echo)
+    return command.run(config, "hypersphere", run_dir, compute=compute, table=table, echo=echo)
 
 
 def check(config: Config) -> None:

@@ -79,7 +79,7 @@ def run(
     if set(parts) - set(PARTS) or not chosen:
         raise command.UsageError(f"--parts={','.join(parts)}: give some of {', '.join(SCALES[scale])}")
     path = Path(run_dir or f"runs/paper_{scale}").expanduser()
-    runs.find_run(path, {"scale": scale})
+    runs.find_run(path, {"scale": scale}, defaults={})
     for config in chosen.values():
         if isinstance(config, hypersphere.Config):
             hypersphere.check(config)

@@ -110,7 +110,7 @@ def run(
         return train_all(config, path, dataset, record)
 
     name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
-    return command.run(config._asdict(), name, run_dir, compute=compute, table=report.table, echo=echo)
+    return command.run(config, name, run_dir, compute=compute, table=report.table, echo=echo)
 
 
 def check(config: Config, **places: Any) -> None:
@@ -185,7 +185,7 @@ def imported_record(config: Config, path: Path) -> np.ndarray | None:
     if not copy.exists():
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
-        theirs = runs.read_json(source / "flags.json")
+        theirs = runs.read_flags(source, defaults=config._field_defaults)
         names = ["dataset", *data_options(config), "seed", "num_seeds"]
         names += ["num_steps"] if set(SCHEDULED) & set(config.variants) else []
         for name in names:

@@ -26,8 +26,10 @@ class RunError(Exception):
     """A run directory cannot be used as asked; the message, one line, names the fix."""
 
 
-def find_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary of the finished run in `path`; None if it is unfinished, or if `make_run` may make it there.
+
+    `defaults` are for `read_flags`.
 
     Raises:
       RunError: the directory holds something else, or a run with other flags.
@@ -40,7 +42,7 @@ def find_run(path: Path, flags: Mapping[str, Any]) -> dict[str, Any] | None:
             return None
     except OSError as error:
         raise RunError(f"{path} cannot be used ({error.strerror}): give another --run_dir") from None
-    recorded, asked = read_json(file), json.loads(json.dumps(dict(flags)))
+    recorded, asked = read_flags(path, defaults=defaults), json.loads(json.dumps(dict(flags)))
     if recorded != asked:
         names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
         changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
@@ -63,6 +65,16 @@ def make_run(path: Path, flags: Mapping[str, Any]) -> None:
         multihost_utils.sync_global_devices(str(file))
     if not file.exists():
         raise RunError(f"{path} is not on a file system that all processes share: give a --run_dir that is")
+
+
+def read_flags(path: Path, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of the run in `path`, as JSON gives them. One that the run does not know came later and has its
+    default, which is what was done without it.
+
+    Raises:
+      RunError: they are missing or damaged.
+    """
+    return json.loads(json.dumps(dict(defaults))) | read_json(path / "flags.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -114,12 +114,9 @@ def verdicts(parts, quality=None):
 def test_numbers_that_tell_the_paper_s_story_make_every_claim_hold():
     parts = {"sphere": sphere_part(lambda relative, exact: exact), "toy": toy_part(), "mnist": image_part()}
     found = claims.all_claims(parts, {"mnist": image_quality()})
-    for claim in found[:-1]:
+    for claim in found:
         assert all(check.holds for check in claim.checks), claim
         assert claim.verdict == "holds"
-    annealing = found[-1]
-    assert annealing.verdict == "holds in part"
-    assert [check.holds for check in annealing.checks] == [True, True, True, True, False], "no poor optimum here"
 
 
 def test_what_was_not_run_has_no_verdict():
@@ -129,14 +126,15 @@ def test_what_was_not_run_has_no_verdict():
     }
 
 
-def test_a_claim_with_an_open_check_does_not_hold_whole():
+def test_a_claim_with_an_undecided_check_does_not_hold_whole():
     def verdict(*answers):
         return claims.Claim("", "", [claims.Check("", answer, "") for answer in answers]).verdict
 
     assert verdict(True, True) == "holds"
     assert verdict(True, None) == verdict(True, False) == "holds in part"
     assert verdict(False, None) == "does not hold"
-    assert verdict(None) == verdict() == "not run"
+    assert verdict(None, None) == "undecided"
+    assert verdict() == "not run"
 
 
 @pytest.mark.parametrize(
@@ -155,9 +153,9 @@ def test_c1_tells_where_theorem_1_fails(radius_at, holds):
 @pytest.mark.parametrize(
     ("claim", "statement", "change"),
     [
-        (claims.c2, "LV-VAE > LS-VAE", lambda m: m.update(elbo=-0.75) if m["variant"] == "lv" else None),
+        (claims.c2, "LV-VAE > LS-VAE", lambda m: m.update(elbo=-0.9) if m["variant"] == "lv" else None),
         (claims.c2, "LS-VAE > F-VAE at 0.03", lambda m: m.update(elbo=-0.5) if m["sigma"] == 0.03 else None),
-        (claims.c2, "LS-VAE > F*-VAE", lambda m: m.update(elbo=-0.75) if m["variant"] == "f_star" else None),
+        (claims.c2, "LS-VAE > F*-VAE", lambda m: m.update(elbo=-0.6) if m["variant"] == "f_star" else None),
         (claims.c2, "F-VAE at 0.1 > F*-VAE", lambda m: m.update(elbo=-0.7) if m["variant"] == "f_star" else None),
         (claims.c3, "At sigma = 1 the error", lambda m: m.update(mse=0.01) if m["sigma"] == 1.0 else None),
         (claims.c3, "At a sigma between", lambda m: m.update(noise_kept=0.6)),
@@ -180,6 +178,34 @@ def test_each_check_fails_where_its_numbers_do(claim, statement, change):
     assert found.holds is True, found
 
 
+@pytest.mark.parametrize(
+    ("claim", "statement", "of_ls"),
+    [
+        (claims.c2, "LS-VAE > F*-VAE", "elbo"),
+        (claims.c4, "The KL of F*", "kl"),
+        (claims.c4, "F* and LS end", "log_likelihood"),
+        (claims.annealing, "A geometric schedule", "elbo"),
+    ],
+)
+def test_a_difference_within_the_noise_is_undecided(claim, statement, of_ls):
+    noise = RNG.permutation(np.linspace(-0.2, 0.2, SEEDS))
+
+    def change(member):
+        same = {"elbo": -0.75, "kl": 3.3, "log_likelihood": 2.5}[of_ls]
+        member[of_ls] = same + (noise[member["seed"]] if member["variant"] != "ls" else 0.0)
+
+    (found,) = [check for check in claim(toy_part(change)) if check.statement.startswith(statement)]
+    assert found.holds is None, found
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-0.04, 0.04, True), (0.01, 0.06, None), (-0.06, 0.06, None), (0.06, 0.09, False), (-0.09, -0.06, False)],
+)
+def test_an_interval_is_within_limits_beyond_or_neither(low, high, expected):
+    assert claims.within(low, high, least=-0.05, most=0.05) is expected
+
+
 def test_c5_needs_jumps_and_their_coincidence():
     part = toy_part()
     for curves in part.metrics.values():
@@ -200,20 +226,26 @@ def test_jumps_that_all_runs_have_at_one_time_are_no_evidence():
         curves |= {"sigma_mean": sigma_of_t(0), "elbo": -2.0 * np.log(sigma_of_t(0))}
     jumps = claims.sigma_jumps(part)
     assert (jumps.coincident, jumps.expected, jumps.p) == (1.0, 1.0, 1.0)
-    alone = Part(part.summary | {"members": [m for m in part.summary["members"] if m["seed"] == 0]}, part.metrics)
-    assert claims.sigma_jumps(alone).p is None
+
+
+def test_the_coincidence_of_jumps_is_judged_by_permutations_of_the_runs():
+    part = image_part()  # four runs, of 24 orders of which one is right
+    assert claims.sigma_jumps(part).p == pytest.approx(1 / 24, rel=0.15)
+    few = Part(part.summary | {"members": [m for m in part.summary["members"] if m["seed"] < 3]}, part.metrics)
+    assert claims.sigma_jumps(few) == claims.Jumps([2, 2, 2]), "six orders can show nothing at 5 %"
+    assert [check.holds for check in claims.c5({"mnist": few})] == [True, None]
 
 
 def test_more_poor_optima_must_be_significant():
     def poor(count):
         def change(member):
-            if member["variant"] == "f_star" and member["seed"] < count:
-                member["elbo"] -= 1.0
+            if member["variant"] == "f_star":
+                member["elbo"] = -0.75 - (member["seed"] < count)
 
         return claims.annealing(toy_part(change))[-1].holds
 
     # Of ten each, Fisher: C(16, 4) in C(20, 4) is .043, and three against none .105.
-    assert [poor(count) for count in (3, 4)] == [False, True]
+    assert [poor(count) for count in (3, 4)] == [None, True]
 
 
 def test_images_are_judged_each_by_itself():
@@ -222,6 +254,8 @@ def test_images_are_judged_each_by_itself():
     judged = {"mnist": image_quality(f_means=60.0, lv_means=4.0)}
     assert [check.holds for check in claims.c8(parts, judged)] == [True, True, False, False, False, True, None]
     assert not claims.c8({"mnist": image_part(lv_noise=0.06)}, {})[1].holds
+    unlearned = claims.c8({"mnist": image_part(lv_mse=0.03)}, {"mnist": image_quality()})[-1]
+    assert unlearned.holds is None, "means are unreal for another reason then"
 
 
 def test_paired_comparisons_are_scipy_s():
@@ -254,7 +288,9 @@ def test_what_is_compared_together_is_corrected_together():
     expected = claims.holm(
         [stats.ttest_rel(part.values(name, *a), part.values(name, *b)).pvalue for a, b, name in pairs]
     )
-    assert [ordering.p for ordering in claims.compare(part, pairs)] == pytest.approx(expected, rel=1e-9)
+    found = [ordering.paired for ordering in claims.compare(part, pairs)]
+    assert [each.p for each in found] == pytest.approx(expected, rel=1e-9)
+    assert found[0].p_wilcoxon == pytest.approx(3 * 2.0**-9), "all ten signs agree, times three"
 
 
 def test_holm_s_correction_by_hand():
@@ -264,9 +300,9 @@ def test_holm_s_correction_by_hand():
     assert claims.holm([]) == []
 
 
-def test_poor_optima_are_those_far_below_the_rest():
+def test_poor_optima_are_those_far_below_the_best():
     good = -0.5 + 0.01 * np.arange(9)
     assert claims.poor_optima(good) == 0
     assert claims.poor_optima(np.append(good, -0.85)) == 1
-    assert claims.poor_optima(np.append(good, 0.5)) == 0, "a lucky seed is not poor"
-    assert claims.poor_optima(np.array([-0.5, -0.5, -0.5, -0.54])) == 0, "less than 0.05 nats"
+    assert claims.poor_optima(np.array([*6 * [-1.5], *4 * [-0.5]])) == 6, "even if most are"
+    assert claims.poor_optima(good, best=-0.375) == 3

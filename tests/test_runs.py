@@ -1,6 +1,7 @@
 """The run directory: what it refuses, what it keeps, and that its files are always whole."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +18,25 @@ def contents(path):
 
 def test_the_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
     path = tmp_path / "deep" / "run"
-    assert runs.find_run(path, FLAGS) is None
+    assert runs.find_run(path, FLAGS, defaults={}) is None
     assert not path.exists()
     runs.make_run(path, FLAGS)
-    assert runs.find_run(path, FLAGS) is None
+    assert runs.find_run(path, FLAGS, defaults={}) is None
     runs.write_json(path / "summary.json", {"rows": []})
-    assert runs.find_run(path, FLAGS) == {"rows": []}
+    assert runs.find_run(path, FLAGS, defaults={}) == {"rows": []}
+
+
+def test_a_flag_that_came_later_has_its_default_in_a_run_from_before(tmp_path):
+    runs.make_run(tmp_path, FLAGS)
+    runs.write_json(tmp_path / "summary.json", {"rows": []})
+    defaults = {"sigma": (0.5,), "widths": (8, 8)}
+    found = runs.find_run(tmp_path, FLAGS | {"widths": (8, 8)}, defaults=defaults)
+    assert found == {"rows": []}
+    assert runs.read_flags(tmp_path, defaults=defaults) == {**FLAGS, "sigma": [0.1], "widths": [8, 8]}
+    with pytest.raises(runs.RunError, match=re.escape("widths was [8, 8] and is [9]")):
+        runs.find_run(tmp_path, FLAGS | {"widths": [9]}, defaults=defaults)
+    with pytest.raises(runs.RunError, match="seed was 0 and is None"):
+        runs.find_run(tmp_path, {"sigma": (0.1,)}, defaults=defaults)  # nor is one forgotten that the run knows
 
 
 @pytest.mark.parametrize("prepare", ["other flags", "other files", "a file", "damaged flags"])
@@ -40,7 +54,7 @@ def test_what_belongs_to_something_else_is_refused_and_untouched(tmp_path, prepa
             )
     before = contents(tmp_path)
     with pytest.raises(runs.RunError) as error:
-        runs.find_run(path, FLAGS)
+        runs.find_run(path, FLAGS, defaults={})
     assert contents(tmp_path) == before
     assert "\n" not in str(error.value)
     assert "give" in str(error.value)

@@ -1,5 +1,6 @@
 """The main job, end to end: on the toy and on real MNIST, interrupted and resumed, and given nonsense."""
 
+import collections
 import functools
 import json
 import os
@@ -447,9 +448,18 @@ def test_help_lists_every_flag():
 
 
 def test_the_same_flags_name_the_same_directory():
-    path = command.run_path(SMALL._asdict(), "toy", None)
-    assert path == command.run_path(SMALL._asdict(), "toy", None)
-    assert path != command.run_path(SMALL._replace(seed=1)._asdict(), "toy", None)
+    path = command.run_path(SMALL, "toy", None)
+    assert path == command.run_path(SMALL, "toy", None)
+    assert path != command.run_path(SMALL._replace(seed=1), "toy", None)
+
+
+def test_a_later_flag_leaves_the_directories_names_as_they_were():
+    fields = sigma_sweep.Config.__annotations__ | {"later": int}
+    defaults = sigma_sweep.Config._field_defaults | {"later": 7}
+    later = collections.namedtuple("later", fields, defaults=defaults.values())(**SMALL._asdict())
+    path = command.run_path(SMALL, "toy", None)
+    assert command.run_path(later, "toy", None) == path
+    assert command.run_path(later._replace(later=8), "toy", None) != path
 
 
 @pytest.fixture(scope="session")
