@@ -79,8 +79,8 @@ def main(num_steps: int = 2000, file: TextIO = sys.stdout) -> tuple[lv.VAE, lv.T
         laplace(lambda step: 0.1 + 0.4 * jnp.exp(-5.0 * step / num_steps)),
         LATENT_SIZE,
     )
-    optimizer, params = optax.adam(2e-3), lv.init(jax.random.key(0), vae)
-    state = lv.TrainState(jnp.int32(0), params, optimizer.init(params))
+    optimizer = optax.adam(2e-3)
+    state = lv.init_state(jax.random.key(0), vae, optimizer)
     step = jax.jit(lambda key, state, x, index: lv.train_step(key, vae, optimizer, state, x, index))
     train, test = data(10_000, 0), jnp.asarray(data(10_000, 1))
     rng, rows = np.random.default_rng(2), csv.writer(file)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 import lvae_jax as lv
-from lvae_jax import theory, toy, training
+from lvae_jax import theory, toy
 
 LATENT_SIZE = 2
-HEAD = lv.learned_vector(gain=0.03)
+HEAD = lv.learned_vector()
 
 
 def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +43,7 @@ def make_vae() -> lv.VAE:
 def main(num_steps: int = 2000, num_test: int = 10_000) -> lv.Scores:
     """Trains on the toy; returns the scores of fresh points, each the mean over them but for the extremes of sigma."""
     vae, optimizer = make_vae(), lv.optimizer(num_steps)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = lv.init_state(jax.random.key(0), vae, optimizer)
 
     @jax.jit
     def step(key: jax.Array, state: lv.TrainState) -> lv.TrainState:

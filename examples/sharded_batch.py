@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lvae_jax as lv
-from lvae_jax import toy, training
+from lvae_jax import toy
 
 BATCH_SIZE = 240
 
@@ -24,7 +24,7 @@ def train(num_steps: int, devices: list[jax.Device]) -> tuple[lv.TrainState, lis
     head = lv.learned_scalar()
     vae = lv.VAE(lv.mlp_encoder((2,), 2, num_blocks=1), lv.mlp_decoder((2,), head.outputs, 2, num_blocks=1), head, 2)
     optimizer = lv.optimizer(num_steps)
-    state = jax.device_put(training.init(jax.random.key(0), vae, optimizer), everywhere)
+    state = jax.device_put(lv.init_state(jax.random.key(0), vae, optimizer), everywhere)
     step = jax.jit(lambda key, state, x, index: lv.train_step(key, vae, optimizer, state, x, index), donate_argnums=1)
     index, elbos = jax.device_put(jnp.arange(BATCH_SIZE), split), []
     for number in range(num_steps):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import lvae_jax as lv
-from lvae_jax import theory, training
+from lvae_jax import theory
 
 DIM, LATENT_SIZE, BATCH_SIZE = 3, 2, 100
 
@@ -37,7 +37,7 @@ def train(sigma: jax.Array, num_steps: int) -> lv.Scores:
         x = sphere(data_key, BATCH_SIZE)
         return lv.train_step(noise_key, vae, optimizer, state, x, jnp.arange(BATCH_SIZE))[0], None
 
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = lv.init_state(jax.random.key(0), vae, optimizer)
     state, _ = jax.lax.scan(step, state, jax.random.split(jax.random.key(1), num_steps))
     x = sphere(jax.random.key(2), 10_000)
     terms = lv.elbo(jax.random.split(jax.random.key(3), len(x)), vae, state.params, x)

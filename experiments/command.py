@@ -55,6 +55,16 @@ def start(name: str, main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def define_places(*, celeba: bool = True) -> None:
+    """Defines the flags that say where data are: the folders of `datasets.load`."""
+    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
+    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
+    if celeba:
+        flags.DEFINE_string(
+            "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
+        )
+
+
 def values(names: Iterable[str]) -> dict[str, Any]:
     """The flags of these names."""
     return {name: getattr(flags.FLAGS, name) for name in names}

@@ -160,15 +160,13 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "compare", None, "directory of a finished sigma_sweep of this data set: its F-VAEs stand beside"
     )
-    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
-    flags.DEFINE_string("celeba_dir", None, "folder of CelebA's aligned JPEGs, instead of TFDS's celeb_a")
+    command.define_places()
 
 
 def main() -> None:
     values = command.values(Config._fields)
     values["sigma"] = values["sigma"] and command.numbers("sigma", values["sigma"])
-    if values["dataset"] == "celeb_a" and values["image_size"] is None:
+    if values["dataset"].partition(":")[0] == "celeb_a" and values["image_size"] is None:
         values["image_size"] = 64
     run(Config(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 

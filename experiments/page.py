@@ -111,8 +111,8 @@ def compose(
         f"`python -m experiments.paper --scale={scale}`. ELBOs are in nats, the full density, higher is better; ± is "
         "one standard deviation over seeds. A claim holds if all of its checks hold; their thresholds stand in "
         "`experiments/claims.py`. A check is undecided if what was run shows neither it nor its opposite. Tests are at "
-        "5 %, two-sided where nothing else is said, their p corrected by Holm over one claim or one table; d is Cohen's, "
-        "of paired differences."
+        "5 %, two-sided where nothing else is said, their p corrected by Holm over one claim or one table; d is "
+        "Cohen's, of paired differences."
         + " **This scale tests the machinery; its verdicts say nothing of the paper.**"
         * (scale == "smoke"),
         "## Verdicts",
@@ -337,10 +337,12 @@ def images_table(part: Part) -> str:
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:
-    rows = [
-        [row["row"], f"{row['classifier_frechet_distance']:.4g}", f"{row['precision']:.4f}", f"{row['recall']:.4f}"]
-        for row in quality["rows"]
-    ]
+    forms = {"classifier_frechet_distance": ".4g", "precision": ".4f", "recall": ".4f"}
+
+    def cell(row: Mapping[str, Any], name: str, form: str) -> str:
+        return f"{row[name]:{form}}" + (f"&nbsp;±&nbsp;{row[f'{name}_sd']:{form}}" if f"{name}_sd" in row else "")
+
+    rows = [[literal(row["row"]), *(cell(row, *each) for each in forms.items())] for row in quality["rows"]]
     note = (
         f"Features of a classifier trained here (test accuracy {quality['classifier_accuracy']:.4f}), "
         f"{quality['num_images']} images of each against the test split; no FIDs."

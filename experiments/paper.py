@@ -9,8 +9,8 @@ it was stopped, runs no finished part again, and writes the report anew.
 | scale | sphere | toy | MNIST | CelebA |
 |---|---|---|---|---|
 | smoke | 1 seed, 20 steps | 2 seeds, 20 steps | fake images, 3 steps | |
-| cpu | 1 seed, 2,000 steps | 10 seeds, 3,000 steps | 2 seeds, 2 epochs | |
-| full | 3 seeds, 6,000 steps | 10 seeds, 3,000 steps | 3 seeds, 1,000 epochs | 1 seed, 200 epochs |
+| cpu | 2 seeds, 2,000 steps | 10 seeds, 3,000 steps | 2 seeds, 2 epochs | |
+| full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,000 epochs | 10 seeds, 200 epochs |
 
 On two cores of an AMD EPYC CPU smoke takes 75 seconds and cpu 43 minutes; full is for an accelerator.
 """
@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from experiments import claims, command, hypersphere, page, quality, sigma_sweep
@@ -44,15 +43,15 @@ SCALES: dict[str, dict[str, Config]] = {
         ),
     },
     "cpu": {
-        "sphere": hypersphere.Config(num_seeds=1),
+        "sphere": hypersphere.Config(),
         "toy": TOY,
         "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
     },
     "full": {
-        "sphere": hypersphere.Config(num_seeds=3, num_steps=6000),
+        "sphere": hypersphere.Config(num_seeds=10, num_steps=6000),
         "toy": TOY,
-        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=3, num_steps=600_000, **IMAGES),
-        "celeb_a": sigma_sweep.configure(dataset="celeb_a", num_seeds=1, num_steps=325_600, **IMAGES),
+        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **IMAGES),
+        "celeb_a": sigma_sweep.configure(dataset="celeb_a", num_seeds=10, num_steps=325_600, **IMAGES),
     },
 }
 PARTS = tuple(SCALES["full"])
@@ -138,14 +137,7 @@ def read_parts(scale: str, path: Path) -> tuple[dict[str, Part], dict[str, dict[
     for name in SCALES[scale]:
         if not (path / name / "summary.json").exists():
             continue
-        lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for line in runs.read_metrics(path / name):
-            lines.setdefault((line["group"], line["member"]), []).append(line)
-        metrics = {
-            member: {name: np.array([line[name] for line in of_member]) for name in of_member[0] if name != "group"}
-            for member, of_member in lines.items()
-        }
-        parts[name] = Part(runs.read_json(path / name / "summary.json"), metrics)
+        parts[name] = Part(runs.read_json(path / name / "summary.json"), runs.read_curves(path / name))
         if (path / name / "quality.json").exists():
             judged[name] = runs.read_json(path / name / "quality.json")
     return parts, judged
@@ -172,11 +164,7 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(command)  # --help lists them too
     flags.DEFINE_enum("scale", "cpu", list(SCALES), "how much to run")
     flags.DEFINE_list("parts", list(PARTS), "which of the scale's parts to run now; the report has all finished ones")
-    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
-    flags.DEFINE_string(
-        "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
-    )
+    command.define_places()
 
 
 def main() -> None:

@@ -148,8 +148,10 @@ def run(
         pairs = [drawn[member["group"]](len(test)) for member in part]
         for kind, of_members in zip(("samples", "means"), zip(*pairs, strict=True), strict=True):
             scores = [against_test(generated) for generated in of_members]
-            mean = {name: float(np.mean([values[name] for values in scores])) for name in scores[0]}
-            rows.append({"row": f"{title}: {kind}"} | mean)
+            columns = {name: [values[name] for values in scores] for name in scores[0]}
+            mean = {name: float(np.mean(values)) for name, values in columns.items()}
+            spread = {f"{name}_sd": float(np.std(values, ddof=1)) for name, values in columns.items()}
+            rows.append({"row": f"{title}: {kind}"} | mean | (spread if len(scores) > 1 else {}))
     quality = {
         "rows": rows,
         "num_images": len(test),
@@ -196,26 +198,29 @@ def generators(
 
 def table(quality: dict[str, Any]) -> str:
     """The scores for people."""
-    rows = [
-        f"{row['row']:32}{row['classifier_frechet_distance']:14.4g}{row['precision']:12.4f}{row['recall']:9.4f}"
-        for row in quality["rows"]
-    ]
-    seeds = f"mean over {quality['num_seeds']} seeds" if quality["num_seeds"] > 1 else "of one seed"
+    several = quality["num_seeds"] > 1
+
+    def cell(row: dict[str, Any], name: str, form: str) -> str:
+        spread = f" +- {row[f'{name}_sd']:{form}}" if f"{name}_sd" in row else ""
+        return f"{row[name]:{form}}{spread}".rjust(23 if several else 14)
+
+    forms = {"classifier_frechet_distance": ".4g", "precision": ".4f", "recall": ".4f"}
+    rows = [f"{row['row']:32}" + "".join(cell(row, *each) for each in forms.items()) for row in quality["rows"]]
+    seeds = f"mean +- standard deviation over {quality['num_seeds']} seeds" if several else "of one seed"
     note = (
         f"Against the test split, {quality['num_images']} images of each, {seeds}. samples: x ~ p(x|z), z ~ p(z), "
         "clipped to [0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and FD: Frechet distance, all of the "
         "features of a classifier trained on this data set's labels, test accuracy "
         f"{quality['classifier_accuracy']:.4f}: it is no FID, and compares only within this table."
     )
-    titles = f"{'':32}{'classifier FD':>14}{'precision':>12}{'recall':>9}"
-    return "\n".join([titles, *rows, textwrap.fill(note, 118)])
+    titles = "".join(title.rjust(23 if several else 14) for title in ("classifier FD", "precision", "recall"))
+    return "\n".join([" " * 32 + titles, *rows, textwrap.fill(note, 118)])
 
 
 def define_flags() -> None:
     flags.adopt_module_key_flags(command)  # --help lists them too
     flags.DEFINE_integer("classifier_steps", 1000, "gradient steps of the classifier, 128 images each")
-    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-    flags.DEFINE_string("manual_dir", None, "folder with the original archives, instead of downloading them")
+    command.define_places(celeba=False)
 
 
 def main() -> None:

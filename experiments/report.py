@@ -155,17 +155,12 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
 
 def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]) -> None:
     """Writes the run's figures."""
-    metrics: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in runs.read_metrics(path):
-        metrics.setdefault((line["group"], line["member"]), []).append(line)
+    metrics = runs.read_curves(path)
 
     def curves(part: Sequence[dict[str, Any]]) -> figures.Curves:
-        lines = [metrics[member["group"], member["member"]] for member in part]
-        steps, *values = (
-            [[line[name] for line in of_member] for of_member in lines]
-            for name in ("step", *figures.Curves._fields[1:])
-        )
-        return figures.Curves(np.array(steps[0]), *map(np.array, values))
+        columns = [metrics[member["group"], member["member"]] for member in part]
+        values = (np.array([column[name] for column in columns]) for name in figures.Curves._fields[1:])
+        return figures.Curves(columns[0]["step"], *values)
 
     rows = by_row(summary["members"])
     all_curves = {title: curves(part) for title, part in rows.items()}

@@ -45,7 +45,7 @@ class Config(NamedTuple):
     widths: tuple[int, ...] = (200,)
     num_blocks: int = 4
     bfloat16: bool = False
-    gain: float = 0.03
+    gain: float = likelihoods.GAIN
     beta: float = 1.0
     learning_rate: float = 2e-3
     decay: bool = True
@@ -205,7 +205,7 @@ def make_vae(
     latent_size: int,
     sigma: Any,
     *,
-    gain: float = Config().gain,
+    gain: float = likelihoods.GAIN,
     discretise: bool = False,
     **network: Any,
 ) -> vae_lib.VAE:
@@ -527,11 +527,7 @@ def define_flags() -> None:
         defaults.evidence,
         "also log p(x) of the models on the toy, by quadrature over the latent plane: splits the gap to its density",
     )
-    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
-    flags.DEFINE_string(
-        "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
-    )
+    command.define_places()
 
 
 def main() -> None:

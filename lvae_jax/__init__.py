@@ -29,7 +29,7 @@ from lvae_jax.likelihoods import (
     replay,
 )
 from lvae_jax.networks import Network, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
-from lvae_jax.training import TrainState, optimizer, train_step
+from lvae_jax.training import TrainState, init_state, optimizer, train_step
 from lvae_jax.vae import (
     VAE,
     Scores,
@@ -65,6 +65,7 @@ __all__ = [
     "geometric",
     "importance_bound",
     "init",
+    "init_state",
     "learned_scalar",
     "learned_vector",
     "mlp_decoder",

@@ -68,14 +68,15 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
-    a sigma map in `unit`."""
+    where sigma is no single number a map of it in `unit`."""
     strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
         strips.append(("generated means", panel.sample_means, None))
         strips.append(("generated samples", panel.samples, None))
         stddevs = panel.reconstruction_stddevs.mean(axis=-1, keepdims=True)
-        strips.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
+        if np.ptp(stddevs) > 0.0:
+            strips.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
     width, height = 9.0, 0.78 * len(strips)
     figure = Figure(figsize=(width, height), layout="constrained")
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
@@ -224,7 +225,8 @@ def elbo_against_sigma(
         axis.plot(sigmas, elbos, "o", color=colours[title], markersize=5, alpha=0.7, label=title)
     axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
     if limits.size:
-        axis.plot(*limits, "_-", color="black", linewidth=1.0, markersize=9, label="best that any networks reach")
+        # No line joins them: the limit is concave between.
+        axis.plot(*limits, "_", color="black", markersize=12, label="best that any networks reach")
     if bound is not None:
         axis.axhline(bound, color="black", linestyle="--", linewidth=1.0, label="-H(x)")
     drawn = np.concatenate([*(elbos for _, elbos in points.values()), *lines.values()])

@@ -38,6 +38,8 @@ Params = dict[str, Any]
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 FLOOR = math.exp(LOG_STDDEV_RANGE[0])
 
+GAIN = 0.03  # of `learned_vector`
+
 # Of 8-bit pixels k/255 on [0, 1]: the stddev, 1.1e-3, of what rounding took away, uniform over one bin. A sigma below
 # it claims to know more than the data hold; as the `floor` of a density on images it keeps that claim out of the ELBO.
 QUANTISATION_NOISE = 1.0 / (255.0 * math.sqrt(12.0))
@@ -108,12 +110,13 @@ def learned_scalar(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOO
     return _gaussian(1, floor, lambda: _log(sigma), _unchanged, lambda params, outputs: clip(params["log_stddev"]))
 
 
-def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = 1.0, floor: float = FLOOR) -> Likelihood:
+def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = GAIN, floor: float = FLOOR) -> Likelihood:
     """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + `gain` * the decoder's second channel.
 
     `gain` sets how fast log sigma learns against the mean. Where few dimensions carry all the data, an eager log sigma
     settles on their spread before the mean has found them; there sigma is critical, the gradient that would encode
-    them vanishes, and some runs never leave. A gain well below 1 prevents that, at the price of a slower sigma.
+    them vanishes, and some runs never leave. A gain well below 1, the plain network's, prevents that, at the price of a
+    slower sigma.
 
     Raises:
       ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -133,6 +134,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError:
         raise RunError(f"{file} is damaged: delete {path} to start again, or give another --run_dir") from None
+
+
+def read_curves(path: Path) -> dict[tuple[str, int], dict[str, np.ndarray]]:
+    """The run's metrics by (group, member), each a column [T] of values over the logged steps, by its name.
+
+    Raises:
+      RunError: see `read_metrics`.
+    """
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in read_metrics(path):
+        lines.setdefault((line.pop("group"), line.pop("member")), []).append(line)
+    return {
+        member: {name: np.array([line[name] for line in of_member]) for name in of_member[0]}
+        for member, of_member in lines.items()
+    }
 
 
 def rewind_metrics(path: Path, group: str, step: int) -> None:

@@ -83,7 +83,7 @@ def optimizer(
     )
 
 
-def init(
+def init_state(
     key: Key[Array, ""], vae: VAE, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
 ) -> TrainState:
     """The state before the first step; `ema_decay` is that of `train_step`."""
@@ -158,7 +158,8 @@ def members_init(
     from seeds[m]."""
 
     def one(seed: Int[Array, ""], sigma: Float[Array, "*T"]) -> TrainState:
-        return init(jax.random.fold_in(jax.random.key(seed), 0), make_vae(sigma), optimizer, ema_decay=ema_decay)
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        return init_state(key, make_vae(sigma), optimizer, ema_decay=ema_decay)
 
     return jax.vmap(one)(seeds, sigmas)
 

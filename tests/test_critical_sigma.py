@@ -63,7 +63,9 @@ def linear_vaes():
             key = jax.random.fold_in(jax.random.key(1), index)
             return training.train_step(key, vae, optimizer, state, jnp.array(x), jnp.arange(SIZE))[0], None
 
-        return jax.lax.scan(step, training.init(jax.random.key(0), vae, optimizer), jnp.arange(NUM_STEPS))[0].params
+        return jax.lax.scan(step, training.init_state(jax.random.key(0), vae, optimizer), jnp.arange(NUM_STEPS))[
+            0
+        ].params
 
     params = jax.jit(jax.vmap(train))(SIGMAS)
     return x, [jax.tree.map(lambda leaf, index=index: leaf[index], params) for index in range(len(SIGMAS))]

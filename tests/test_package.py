@@ -59,7 +59,7 @@ def archives(tmp_path_factory):
     """The (wheel, sdist) of a copy of the checkout, so that no build leaves anything in it; nothing is downloaded."""
     pytest.importorskip("build", reason="needs build")
     copy, out = tmp_path_factory.mktemp("copy") / "lvae_jax", tmp_path_factory.mktemp("dist")
-    names = ("lvae_jax", "tests", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    names = ("lvae_jax", "tests", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
     copy.mkdir()
     for name in names:
         if (ROOT / name).is_dir():
@@ -85,6 +85,7 @@ def test_the_archives_are_complete(archives):
     assert {name for name in shipped if ".dist-info/" not in name} == package
     assert any(re.fullmatch(r".*\.dist-info/(licenses/)?LICENSE", name) for name in shipped)
     assert package | {"LICENSE", "README.md", "setup.cfg", "pyproject.toml"} <= sources
+    assert not any(name.startswith("tests") for name in sources), "some without the others would be of no use"
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", metadata, re.MULTILINE)
 
 

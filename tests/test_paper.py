@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -58,12 +59,12 @@ def test_each_part_s_command_is_what_was_run():
     assert paper.command_line(sigma_sweep.Config()) == "python -m experiments.sigma_sweep"
 
 
-def test_every_scale_runs_every_variant_with_nothing_tuned_for_one():
+def test_every_scale_runs_every_variant_and_full_what_the_paper_ran():
     for parts in paper.SCALES.values():
         assert set(parts) <= set(paper.PARTS)
         assert parts["toy"].variants == tuple(VARIANTS)
     assert len(paper.SCALES["cpu"]["toy"].sigma) == 5
-    assert paper.SCALES["full"]["toy"].num_seeds == paper.SCALES["cpu"]["toy"].num_seeds == 10
+    assert {config.num_seeds for config in (paper.SCALES["cpu"]["toy"], *paper.SCALES["full"].values())} == {10}
     assert paper.SCALES["full"]["mnist"].num_steps == 1000 * 60_000 // 100
     assert paper.SCALES["full"]["celeb_a"].num_steps == 200 * -(-162_770 // 100)
 
@@ -162,6 +163,33 @@ def test_finished_parts_are_not_run_again_and_their_commands_find_them(smoke):
         assert alone.returncode == 0, alone.stderr
         assert "is finished" in alone.stdout
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
+
+
+@pytest.mark.slow
+def test_an_interrupted_scale_goes_on_where_it_was_to_the_same_report(smoke, tmp_path, monkeypatch):
+    path, _ = smoke
+    run_part, started = paper.run_part, []
+
+    def interrupted(config, run_dir, *others):
+        started.append(Path(run_dir).name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        run_part(config, run_dir, *others)
+
+    monkeypatch.setattr(paper, "run_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        paper.run("smoke", run_dir=str(tmp_path / "run"), echo=lambda line: None)
+    assert started == ["sphere", "toy"]
+    assert not (tmp_path / "run" / "report.md").exists()
+    (summary,) = (tmp_path / "run").glob("*/summary.json")
+    kept = summary.stat().st_mtime_ns
+    paper.run("smoke", run_dir=str(tmp_path / "run"), echo=lambda line: None)
+    assert summary.stat().st_mtime_ns == kept, "what was finished was not run again"
+
+    def timeless(report):
+        return re.sub(r"\| [\d.]+ \| 1 x cpu", "| 1 x cpu", report.read_text())
+
+    assert timeless(tmp_path / "run" / "report.md") == timeless(path / "report.md")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def points(seed=0):
 def take_steps(head, sigma, num_steps, *, beta=1.0, **options):
     vae = make_vae(sigma, head)
     optimizer = training.optimizer(num_steps, **options)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer, beta=beta))
     for index in range(num_steps):
         state, metrics = step(jax.random.key(index), state=state, x=points(index), index=INDEX)
@@ -64,7 +64,7 @@ def assert_close(left, right, **tolerances):
 def test_first_step_is_adam_on_the_clipped_gradient_of_the_mean_negative_elbo():
     vae, x, key = make_vae(0.5), points(), jax.random.key(7)
     optimizer = training.optimizer(10, learning_rate=1e-2, clip_norm=0.1)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     after, metrics = training.train_step(key, vae, optimizer, state, x, INDEX)
 
     keys = jnp.stack([jax.random.fold_in(key, index) for index in range(BATCH)])
@@ -124,8 +124,8 @@ def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine_or_stays(warmup_ste
 )
 def test_the_average_of_the_weights(head, sigma):
     vae, optimizer = make_vae(sigma, head), training.optimizer(10)
-    state = training.init(jax.random.key(0), vae, optimizer, ema_decay=0.4)
-    alone = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer, ema_decay=0.4)
+    alone = training.init_state(jax.random.key(0), vae, optimizer)
     step = functools.partial(training.train_step, vae=vae, optimizer=optimizer, x=points(), index=INDEX)
     averaging, step = jax.jit(functools.partial(step, ema_decay=0.4)), jax.jit(step)
     expected = jax.tree.map(np.asarray, state.params)
@@ -151,7 +151,7 @@ def test_the_average_of_the_weights(head, sigma):
 def test_metrics_are_those_of_the_parameters_before_the_step():
     vae, x, key = make_vae(0.5), points(), jax.random.key(7)
     optimizer = training.optimizer(10)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     _, metrics = training.train_step(key, vae, optimizer, state, x, INDEX)
     terms = vae_lib.elbo(datasets.example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
     np.testing.assert_allclose(metrics.scores.elbo, np.mean(terms.log_likelihood - terms.kl), rtol=1e-5)
@@ -212,7 +212,7 @@ def test_beta_may_be_a_function_of_the_step():
     vae, optimizer = make_vae(0.3), training.optimizer(10)
 
     def three_steps(beta_at):
-        state = training.init(jax.random.key(0), vae, optimizer)
+        state = training.init_state(jax.random.key(0), vae, optimizer)
         for index in range(3):
             key = jax.random.key(index)
             state, _ = training.train_step(key, vae, optimizer, state, points(index), INDEX, beta=beta_at(index))
@@ -267,7 +267,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_schedule_makes_the_second_step_compile_again(schedule):
     vae, optimizer = make_vae(schedule), training.optimizer(10)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer, x=points(), index=INDEX))
     for index in range(3):
         state, _ = step(jax.random.key(index), state=state)
@@ -299,7 +299,7 @@ def test_nothing_is_traced_again_after_the_first_step(head):
 def test_steps_stay_finite_from_extreme_sigmas_and_data(head, sigma):
     vae = make_vae(sigma, head)
     optimizer = training.optimizer(10)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     for x in (points(), 1e3 * points(), jnp.zeros((BATCH, 2))):
         state, metrics = training.train_step(jax.random.key(0), vae, optimizer, state, x, INDEX)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, metrics)))
@@ -307,7 +307,7 @@ def test_steps_stay_finite_from_extreme_sigmas_and_data(head, sigma):
 
 def test_a_share_of_the_batch_draws_its_own_noise():
     vae, optimizer, x, key = make_vae(0.5), training.optimizer(10), points(), jax.random.key(7)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     half = BATCH // 2
     _, whole = training.train_step(key, vae, optimizer, state, x, INDEX)
     shares = [
@@ -320,7 +320,7 @@ def test_a_share_of_the_batch_draws_its_own_noise():
 @pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.optimal])
 def test_mapped_shares_of_the_batch_make_the_step_of_the_whole(head):
     vae, optimizer, x, key = make_vae(0.5, head), training.optimizer(10, clip_norm=0.1), points(), jax.random.key(7)
-    state = training.init(jax.random.key(0), vae, optimizer)
+    state = training.init_state(jax.random.key(0), vae, optimizer)
     whole = training.train_step(key, vae, optimizer, state, x, INDEX)
     step = functools.partial(training.train_step, key, vae, optimizer, axis_name="shares")
     mapped = jax.vmap(step, in_axes=(None, 0, 0), axis_name="shares")(
