@@ -1,7 +1,9 @@
 """Encoders and decoders: mirrored shapes for any size, a start near the prior, and gradients for every parameter."""
 
+import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,29 @@ def test_bfloat16_is_for_the_arithmetic_alone(encoder, decoder, shape, options):
         np.testing.assert_allclose(coarse, fine, atol=0.05 * scale)
         assert (coarse != fine).any(), "it must make a difference"
         assert (coarse != coarse.astype(jnp.bfloat16)).any(), "the last layer has all digits"
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(4, 4), (7, 5), (1, 1)])
+def test_transposed_convolutions_are_flax_s(size, dtype):
+    ours = networks._ConvTranspose(3, dtype=dtype)
+    theirs = nn.ConvTranspose(3, (4, 4), strides=(2, 2), dtype=dtype)
+    x = jax.random.normal(jax.random.key(0), (2, *size, 5))
+    params = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(1), x))
+    params["params"]["bias"] = jnp.arange(3.0)
+    weights = jax.random.normal(jax.random.key(2), (2, 2 * size[0], 2 * size[1], 3))
+
+    def value_and_gradients(module):
+        y, pull = jax.vjp(lambda params, x: module.apply(params, x).astype(jnp.float32), params, x)
+        return y, pull(weights)
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.05, "atol": 0.1}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, **tolerance),
+        value_and_gradients(ours),
+        value_and_gradients(theirs),
+    )
 
 
 def test_transposed_convolutions_cover_all_pixels_alike():
