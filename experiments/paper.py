@@ -6,7 +6,7 @@ runs the parts of that scale one after another, each below runs/paper_cpu/ as it
 report.html, one page that needs nothing else, and the same as report.md beside figures/. The same command goes on where
 it was stopped, runs no finished part again, and writes the report anew.
 
-| scale | sphere | toy | MNIST | CelebA |
+| scale | sphere | toy, toy_plain | MNIST | CelebA |
 |---|---|---|---|---|
 | smoke | 1 seed, 20 steps | 2 seeds, 20 steps | fake images, 3 steps | |
 | cpu | 2 seeds, 2,000 steps | 10 seeds, 3,000 steps | 2 seeds, 2 epochs | |
@@ -31,6 +31,8 @@ from lvae_jax import runs
 Config = hypersphere.Config | sigma_sweep.Config
 
 TOY = sigma_sweep.configure(sigma=(1.0, 0.3, 0.1, 0.03, 0.01), variants=tuple(VARIANTS), num_seeds=10)
+# By plain Adam, one constant rate for all parameters: is it our optimiser that shapes sigma(t)?
+TOY_PLAIN = sigma_sweep.configure(variants=("ls",), decay=False, sigma_rate=1.0, num_seeds=10)
 IMAGES: dict[str, Any] = {"sigma": (0.7071,), "variants": ("f", "ls", "lv")}  # sigma^2 = 1/2, the usual sum of squares
 SMALL: dict[str, Any] = {"num_seeds": 2, "num_blocks": 1}
 
@@ -38,6 +40,7 @@ SCALES: dict[str, dict[str, Config]] = {
     "smoke": {
         "sphere": hypersphere.Config(dims=(3,), sigma=(0.5, 1.3), num_seeds=1, num_steps=20),
         "toy": TOY._replace(sigma=(1.0, 0.1), num_steps=20, widths=(8,), **SMALL),
+        "toy_plain": TOY_PLAIN._replace(num_steps=20, widths=(8,), **SMALL),
         "mnist": sigma_sweep.configure(
             dataset="mnist", fake_data=True, num_steps=3, latent_size=4, widths=(4, 4), **IMAGES, **SMALL
         ),
@@ -45,11 +48,13 @@ SCALES: dict[str, dict[str, Config]] = {
     "cpu": {
         "sphere": hypersphere.Config(),
         "toy": TOY,
+        "toy_plain": TOY_PLAIN,
         "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
     },
     "full": {
         "sphere": hypersphere.Config(num_seeds=10, num_steps=6000),
         "toy": TOY,
+        "toy_plain": TOY_PLAIN,
         "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **IMAGES),
         "celeb_a": sigma_sweep.configure(dataset="celeb_a", num_seeds=10, num_steps=325_600, **IMAGES),
     },

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,14 +48,28 @@ def row(members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any) -
         "num_seeds": len(members),
         "elbo_sd": float(np.std(elbos, ddof=1)) if len(members) > 1 else 0.0,
     }
-    names = evaluation.Diagnostics._fields
-    means = (np.mean([member[name] for member in members], axis=0) for name in names)
-    result["diagnosis"] = evaluation.diagnosis(evaluation.Diagnostics(*means), discretised=kind == "discretised")
+    result["diagnosis"] = _diagnosis([member["diagnosis"] for member in members])
     if kind != "discretised":
         result["elbo_paper"] = evaluation.paper_elbo(mean["elbo"], shape)
     if kind in ("density", "dequantised", "discretised"):
         result |= evaluation.rate(mean["elbo"], shape, kind=kind)._asdict()
+        if "importance_bound" in mean:
+            rate = evaluation.rate(mean["importance_bound"], shape, kind=kind)
+            result["importance_bits_per_dimension"] = rate.bits_per_dimension
     return result
+
+
+def _diagnosis(diagnoses: Sequence[str]) -> str:
+    """What is said of a row's members, each finding in the words for the first that has it, and in how many seeds it is
+    found, where that is not all."""
+    findings: dict[str, list[str]] = {}
+    for diagnosis in diagnoses:
+        for finding in diagnosis.split("; "):
+            findings.setdefault(re.split(r"[:\d]", finding)[0], []).append(finding)
+    total = len(diagnoses)
+    return "; ".join(
+        found[0] + (f" (in {len(found)} of {total} seeds)" if len(found) < total else "") for found in findings.values()
+    )
 
 
 def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> None:
@@ -106,6 +121,8 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
         cells |= {"sharp": f"{row['sharpness']:.3f}", "noise": f"{row['sample_noise']:.4f}"}
     if "bits_per_dimension" in row:
         cells |= {"nats/dim": f"{row['nats_per_dimension']:.4f}", "bits/dim": f"{row['bits_per_dimension']:.4f}"}
+    if "importance_bits_per_dimension" in row:
+        cells["IW bits/dim"] = f"{row['importance_bits_per_dimension']:.4f}"
     return cells
 
 

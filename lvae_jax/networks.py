@@ -9,6 +9,7 @@ near its initial value. `dtype` is that of the arithmetic up to the last layer, 
 layer and all outputs are float32.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -191,9 +192,10 @@ class _ConvDecoder(nn.Module):
             -1, *sizes[-1], self.widths[-1]
         )
         h = _ResidualConvolutions(self.num_blocks, self.dtype)(h)
+        names = (f"ConvTranspose_{index}" for index in itertools.count())  # flax's, as the parameters are
         for (rows, columns), width in zip(sizes[-2:0:-1], self.widths[-2::-1], strict=True):
-            h = _ConvTranspose(width, dtype=self.dtype)(nn.silu(h))[:, :rows, :columns]
-        h = _ConvTranspose(channels * self.outputs, kernel_init=_small)(nn.silu(h))
+            h = _ConvTranspose(width, dtype=self.dtype, name=next(names))(nn.silu(h))[:, :rows, :columns]
+        h = _ConvTranspose(channels * self.outputs, kernel_init=_small, name=next(names))(nn.silu(h))
         return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
 
 

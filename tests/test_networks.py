@@ -148,6 +148,11 @@ def test_transposed_convolutions_are_flax_s(size, dtype):
     )
 
 
+def test_the_decoder_s_parameters_have_flax_s_names():
+    params = jax.eval_shape(networks.conv_decoder((28, 28, 1), 1, 4).init, jax.random.key(0))["params"]
+    assert {name for name in params if "Transpose" in name} == {f"ConvTranspose_{index}" for index in range(3)}
+
+
 def test_transposed_convolutions_cover_all_pixels_alike():
     """Where they do not, a constant becomes a checkerboard (Odena et al., 2016)."""
     decoder = networks.conv_decoder((16, 16, 1), 1, 2, widths=(3, 4), num_blocks=0)

@@ -101,8 +101,8 @@ def test_cells_cannot_break_a_table():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, mnist"),
-        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, mnist"),
+        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, mnist"),
+        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, mnist"),
         ({"parts": []}, "--parts=: give some of"),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_smoke_scale_reports_every_claim(smoke):
     assert "its verdicts say nothing of the paper" in text
     for title in VARIANTS.values():
         assert f"| {page.literal(title)} | " in text
-    assert len(reader.images) == 2 + 4 + 3
+    assert len(reader.images) == 2 + 4 + 1 + 3
     for image in reader.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert image["alt"]
@@ -156,7 +156,7 @@ def test_finished_parts_are_not_run_again_and_their_commands_find_them(smoke):
     times = json.loads((path / "times.json").read_text())
     again = run_command("python -m experiments.paper --scale=smoke", f"--run_dir={path}")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is finished") == 3
+    assert again.stdout.count("is finished") == 4
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
         alone = run_command(paper.command_line(config), f"--run_dir={path / name}")
@@ -197,4 +197,4 @@ def test_a_report_of_some_parts_says_which_were_not_run(tmp_path):
     found = paper.run("smoke", parts=["sphere"], run_dir=str(tmp_path / "run"), echo=lambda line: None)
     assert [claim.verdict == "not run" for claim in found] == [False, *8 * [True]]
     text = (tmp_path / "run" / "report.md").read_text()
-    assert text.count("**not run**") == 8 + 2, "claims and parts"
+    assert text.count("**not run**") == 8 + 3, "claims and parts"

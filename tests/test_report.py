@@ -86,7 +86,9 @@ def test_a_row_is_the_mean_over_its_members_with_numpys_standard_deviation(kind)
     else:
         assert row["elbo_paper"] == pytest.approx(row["elbo"] + n / 2.0 * np.log(2.0 * np.pi))
     assert ("bits_per_dimension" in row) == (kind != "points")
+    assert ("importance_bits_per_dimension" in row) == (kind != "points")
     if kind in ("density", "dequantised"):
+        assert row["importance_bits_per_dimension"] == pytest.approx(8.0 + 1.0 / n / np.log(2.0))
         assert row["bits_per_dimension"] == pytest.approx(8.0 - row["elbo"] / n / np.log(2.0))
         assert row["is_code"] == (kind == "dequantised")
 
@@ -95,11 +97,17 @@ def test_a_row_of_one_seed_has_no_spread():
     assert report.row(members("lv", num_seeds=1), (2,), kind="points")["elbo_sd"] == 0.0
 
 
-def test_a_row_s_diagnosis_is_that_of_its_mean():
+def test_a_row_s_diagnosis_tells_in_how_many_seeds():
     part = members("ls")
     assert report.row(part, (2,), kind="points")["diagnosis"] == "healthy"
-    part[0]["sigma_factor"] = 1.9  # the mean is 1.3
-    assert report.row(part, (2,), kind="points")["diagnosis"].startswith("overconfident: 1.3 times")
+    part[1]["diagnosis"] = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
+    part[2]["diagnosis"] = "sigma at its floor in 12% of the dimensions"
+    assert report.row(part, (2,), kind="points")["diagnosis"] == (
+        "healthy (in 1 of 3 seeds); posterior collapse: none of 2 (in 1 of 3 seeds); "
+        "sigma at its floor in 9% of the dimensions (in 2 of 3 seeds)"
+    )
+    part[0]["diagnosis"] = "sigma at its floor in 7% of the dimensions"
+    assert report.row(part[::2], (2,), kind="points")["diagnosis"] == part[0]["diagnosis"]
 
 
 def test_seeds_are_pooled_and_f_vaes_told_apart_by_their_sigma():
