@@ -18,8 +18,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import command
+from experiments import command, loop
 from lvae_jax import datasets, figures, runs, theory
+from lvae_jax.images import celeba_fingerprint
 
 CHUNK = 1000
 STREAM_SIZE = 100_000
@@ -33,6 +34,7 @@ class Config(NamedTuple):
     image_size: int | None = None
     fake_data: bool = False
     compare: str | None = None
+    celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
 
 
 def run(
@@ -49,10 +51,12 @@ def run(
             raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a number from 1e-6 to 1e6")
     data: dict[str, Any] = {"image_size": config.image_size, "fake_data": config.fake_data}
     datasets.check(config.dataset, **data, **places)
+    if places.get("celeba_dir") is not None:
+        config = config._replace(celeba_files=celeba_fingerprint(places["celeba_dir"]))
     trained = f_vaes(config)
 
     def compute(path: Path) -> dict[str, Any]:
-        dataset = datasets.load(config.dataset, **data, **places)
+        dataset = loop.in_turn(lambda: datasets.load(config.dataset, **data, **places))
         runs.make_run(path, config._asdict())
         return measure(config, path, dataset, trained)
 
@@ -72,9 +76,14 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
     if not (path / "summary.json").exists():
         raise command.UsageError(f"--compare={path}: no finished run there")
     theirs, summary = runs.read_json(path / "flags.json"), runs.read_json(path / "summary.json")
-    for name in ("dataset", "image_size", "fake_data"):
+    for name in ("dataset", "image_size", "fake_data", "celeba_files"):
         if theirs.get(name) != getattr(config, name):
             raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
+    if summary["kind"] not in ("points", "density"):
+        raise command.UsageError(
+            f"--compare={path}: its ELBOs are not of the data's density, run its command without --discretise and "
+            "--dequantize"
+        )
     rows = [row for row in summary["rows"] if row["variant"] == "f"]
     if not rows:
         raise command.UsageError(f"--compare={path}: has no F-VAE, run its command with f in --variants")
@@ -128,24 +137,29 @@ def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    lines = [f"{'sigma':>10}{'directions':>12}{'linear VAE [nats]':>20}{'active':>9}{'units':>7}{'ELBO [nats]':>16}"]
+    size = summary["num_dimensions"]
+    compared = any("trained_elbo" in row for row in summary["rows"])
+    titles = f"{'sigma':>10}{'directions':>12}{'linear VAE [nats]':>20}{'nats/dim':>11}"
+    lines = [titles + (f"{'active':>9}{'units':>7}{'ELBO [nats]':>16}" if compared else "")]
     for row in summary["rows"]:
-        line = f"{row['sigma']:10.4g}{row['directions']:12d}{row['linear_elbo']:20.4f}"
+        line = f"{row['sigma']:10.4g}{row['directions']:12d}{row['linear_elbo']:20.4f}{row['linear_elbo'] / size:11.4f}"
         if "trained_elbo" in row:
             line += f"{row['trained_active_directions']:9.4g}{row['trained_active_units']:7.4g}"
             line += f"{row['trained_elbo']:16.4f} +- {row['trained_elbo_sd']:.4f}"
         lines.append(line)
+    trained = [
+        "Right of it, trained F-VAEs. active, units: principal directions, and dimensions, of the latent space along",
+        "which the posterior's mean varies by more than 0.01.",
+    ]
     return "\n".join(
         [
             f"critical sigma: {summary['critical_sigma']:.4g}, unit: {summary['unit']}. With a larger one, fixed, a "
             "Gaussian decoder learns nothing but the mean.",
             *lines,
             f"directions: principal ones of {summary['num_examples']} training examples whose stddev exceeds sigma, of "
-            f"{summary['num_dimensions']}.",
-            "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA). Right of it, "
-            "trained F-VAEs:",
-            "active, units: principal directions, and dimensions, of the latent space along which the posterior's mean "
-            "varies by more than 0.01.",
+            f"{size}.",
+            "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA).",
+            *(trained if compared else []),
         ]
     )
 
@@ -164,7 +178,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    values = command.values(Config._fields)
+    values = command.values(name for name in Config._fields if name != "celeba_files")
     values["sigma"] = values["sigma"] and command.numbers("sigma", values["sigma"])
     if values["dataset"].partition(":")[0] == "celeb_a" and values["image_size"] is None:
         values["image_size"] = 64

@@ -217,7 +217,7 @@ def restore(path: Path, config: sigma_sweep.Config, name: str, variant: str, sha
     """The trained weights of the M members of the group `name`, leaves [M, ...].
 
     Raises:
-      runs.RunError: the checkpoint is missing, damaged or of another shape.
+      runs.RunError: the checkpoint is missing, damaged, or of another shape or version.
     """
     if not (path / "checkpoints" / name).exists():
         raise runs.RunError(f"{path / 'checkpoints' / name} is missing: give the directory of a whole run")

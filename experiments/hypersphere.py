@@ -9,6 +9,7 @@ interrupted run, and reports a finished one again.
 """
 
 import functools
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,13 @@ def check(config: Config) -> None:
         if not len(values) or len(set(values)) < len(values) or not ((values >= 1e-3) & (values <= 1e3)).all():
             text = ",".join(f"{value:g}" for value in values)
             raise command.UsageError(f"--{name}={text}: give numbers from 0.001 to 1000, each only once")
+    low, high = (math.exp(limit) for limit in likelihoods.LOG_STDDEV_RANGE)
+    narrowest = 0.5 * theory.critical_sigma(radius=config.radius, dim=max(config.dims))
+    if config.num_steps and not (math.sqrt(math.e) * low <= narrowest and config.radius <= high / math.sqrt(math.e)):
+        raise command.UsageError(
+            f"--radius={config.radius:g}: LS-VAEs here learn sigmas from half the critical one, {narrowest:.2g}, to R, "
+            f"and none learns any outside {math.sqrt(math.e) * low:.2g} to {high / math.sqrt(math.e):.2g}"
+        )
     for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
         value = getattr(config, name)
         if value is not None and value < (0 if name == "num_steps" else 1):

@@ -210,7 +210,7 @@ def start(
     taken all of its steps, else before the first step.
 
     Raises:
-      runs.RunError: the checkpoint is damaged or of another shape.
+      runs.RunError: the checkpoint is damaged, or of another shape or version.
     """
     record = np.full((len(group.seeds), num_steps + 1), np.nan, np.float32)
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
@@ -282,7 +282,8 @@ def fit(
             scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
             if not np.isfinite([scores.elbo, gradient_norm]).all():
                 raise runs.RunError(
-                    f"training of {group.name} diverged before step {stop}: give another --sigma or --beta"
+                    f"training of {group.name} diverged before step {stop}: give another --sigma, or a lower "
+                    "--learning_rate"
                 )
             lines = [
                 {"group": group.name, "member": member, "seed": int(seed), "step": stop}
@@ -330,7 +331,9 @@ def evaluate(
     examine = functools.partial(programs.examine, group.seeds, group.sigmas, states)
     scores, details = evaluation.over_split(examine, dataset.test, chunk_size=_chunk_size(dataset))
     if not np.isfinite(scores.elbo).all():
-        raise runs.RunError(f"training of {group.name} diverged in its last steps: give another --sigma or --beta")
+        raise runs.RunError(
+            f"training of {group.name} diverged in its last steps: give another --sigma, or a lower --learning_rate"
+        )
     return scores, evaluation.diagnostics(details)
 
 

@@ -186,17 +186,21 @@ def imported_record(config: Config, path: Path) -> np.ndarray | None:
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
         theirs = runs.read_flags(source, defaults=config._field_defaults)
-        names = ["dataset", *data_options(config), "seed", "num_seeds"]
+        names = ["dataset", *data_options(config), "celeba_files", "discretise", "seed", "num_seeds"]
         names += ["num_steps"] if set(SCHEDULED) & set(config.variants) else []
         for name in names:
             if theirs.get(name) != getattr(config, name):
                 raise command.UsageError(
                     f"--sigma_from={source}: made with --{name}={theirs.get(name)}, give the same here"
                 )
+    file = copy if copy.exists() else source / "ls_sigma.npy"
     try:
-        return np.load(copy if copy.exists() else source / "ls_sigma.npy")
-    except (OSError, ValueError):
-        raise command.UsageError(f"--sigma_from={source}: its ls_sigma.npy is damaged, run its command again") from None
+        return np.load(file)
+    except (OSError, ValueError, EOFError):
+        raise command.UsageError(
+            f"{file} is damaged: "
+            + ("delete it, to have it copied again" if file == copy else "repeat its run in another --run_dir")
+        ) from None
 
 
 def make_vae(

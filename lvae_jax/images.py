@@ -127,13 +127,13 @@ def celeba_images(celeba_dir: str, *, image_size: int, data_dir: str | None = No
 
 
 def celeba_fingerprint(celeba_dir: str) -> str:
-    """Which images the folder holds, by their names and sizes: the same for a copy of the folder.
+    """Which images the folder holds, by their names, sizes and splits: the same for a copy of the folder.
 
     Raises:
       DatasetError: the folder cannot be read, or holds no images.
     """
-    _, files, _ = _celeba_folder(celeba_dir)
-    lines = [f"{name} {files[name].st_size}" for name in sorted(files)]
+    _, files, split_of = _celeba_folder(celeba_dir)
+    lines = [f"{name} {files[name].st_size} {split_of(name)}" for name in sorted(files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -297,7 +297,12 @@ def _sources(builder: Any, manual_dir: str | None, decoders: Any) -> list[Any]:
 def _examples(source: Any, feature: str) -> Iterator[Any]:
     """The `feature` of each example of a TFDS data source."""
     for start in range(0, len(source), 1000):
-        for example in source.__getitems__(range(start, min(start + 1000, len(source)))):
+        try:
+            examples = source.__getitems__(range(start, min(start + 1000, len(source))))
+        except Exception as error:  # whatever array_record and TFDS's decoders raise
+            folder = source.dataset_info.data_dir
+            raise DatasetError(f"the data in {folder} are damaged: delete it, to prepare them again") from error
+        for example in examples:
             yield example[feature]
 
 

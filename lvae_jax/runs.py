@@ -105,6 +105,8 @@ def replace(file: Path, write: Callable[[Path], Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(file)
     write(temporary)
+    with open(temporary, "rb+") as written:  # a name whose content a power cut takes away would be worse than none
+        os.fsync(written.fileno())
     os.replace(temporary, file)
 
 
@@ -192,7 +194,7 @@ class Checkpoints:
         """The newest checkpoint, where there is one; `like` is a pytree of the same structure, shapes and types.
 
         Raises:
-          RunError: the checkpoint is damaged or of another shape.
+          RunError: the checkpoint is damaged, or of another shape or version.
         """
         step = self.step
         # On the devices at hand, whichever it was saved on.
@@ -202,8 +204,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises whatever its storage layers raise
             raise RunError(
-                f"the checkpoint {self._path / str(step)} is damaged or of another shape: "
-                f"delete {self._path} to train this part again"
+                f"the checkpoint {self._path / str(step)} is damaged, or of another shape or version: "
+                "repeat the run in another --run_dir"
             ) from error
 
     def __enter__(self) -> "Checkpoints":

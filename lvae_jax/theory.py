@@ -72,8 +72,8 @@ def log_mean_exp(k: Float[Array, "*S"] | float, *, dim: int, scaled: bool = Fals
 def _log_mean_exp(k: Array, dim: int, scaled: bool) -> Array:
     order, num_steps = _order(dim)
     z = k / order
-    root = jnp.sqrt(1.0 + z**2)
-    half = 0.5 * z**2 / (1.0 + root)  # (root - 1) / 2
+    root = jnp.hypot(1.0, z)
+    half = 0.5 * z * (z / (1.0 + root))  # (root - 1) / 2
     series = _series(order)
     remainder, _ = divmod(series - series(1.0), Polynomial([-1.0, 1.0]))  # the series less its value at k = 0 is this
     correction = -2.0 * half / root * _polynomial(remainder, 1.0 / root)  # times 1 / root - 1
@@ -111,7 +111,7 @@ def _ratios(k: Array, dim: int) -> list[tuple[Array, Array]]:
     """(A_m(k), A_m'(k)) for every second m from that of the expansion down to `dim`."""
     order, num_steps = _order(dim)
     z = k / order
-    root = jnp.sqrt(1.0 + z**2)
+    root = jnp.hypot(1.0, z)
     t = 1.0 / root
     # The derivative of order (root - 1 - log((1 + root) / 2)) - log(root) / 2 + series(t) by k, and its own.
     t_ = Polynomial([0.0, 1.0])
@@ -206,7 +206,7 @@ def optimal_radius(sigma: Float[Array, "*S"] | float, *, radius: float = 1.0, di
         ratio, slope = ratio_and_slope(x)
         return x - (ratio - x) / (slope - 1.0)
 
-    x = jax.lax.fori_loop(0, 6, newton, jnp.sqrt((fixed - dim) * (fixed + 2.0)) / fixed)
+    x = jax.lax.fori_loop(0, 6, newton, jnp.sqrt(fixed - dim) * jnp.sqrt(fixed + 2.0) / fixed)
     slope = ratio_and_slope(x)[1]
     # x is a constant until here; its slope is that of the implicit function: dx = A'(c x) (x dc + c dx).
     k = fixed * x + x / (1.0 - slope) * (concentration - fixed)

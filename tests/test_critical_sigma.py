@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import command, critical_sigma, sigma_sweep
@@ -178,6 +179,22 @@ def test_fake_images_beside_trained_vaes(fake_sweep, tmp_path):
         assert f"{theirs['elbo']:.4f}" in text
 
 
+def test_a_finished_run_is_of_the_files_it_has_seen(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in (1, 2, 3, 182638):
+        colour = (80 * (number % 4), 0, 0)
+        PIL.Image.new("RGB", (178, 218), colour).save(folder / f"{number:06}.jpg")
+    config = critical_sigma.Config(dataset="celeb_a", image_size=8)
+    places = {"data_dir": str(tmp_path / "data"), "celeba_dir": str(folder)}
+    summary, _ = compute(config, tmp_path / "run", **places)
+    assert summary["num_examples"] == 3
+    assert compute(config, tmp_path / "run", **places)[0] == summary
+    (folder / "000003.jpg").unlink()
+    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another --run_dir"):
+        compute(config, tmp_path / "run", **places)
+
+
 def test_by_default_the_sigmas_go_up_to_the_critical_one_and_a_finished_run_is_only_reported(tmp_path, monkeypatch):
     summary, first = compute(FAKE, tmp_path / "run")
     sigmas = [row["sigma"] for row in summary["rows"]]
@@ -199,6 +216,8 @@ def test_by_default_the_sigmas_go_up_to_the_critical_one_and_a_finished_run_is_o
     [
         (FAKE, {"flags": {"dataset": "fashion_mnist"}}, "made with --dataset=fashion_mnist, give the same here"),
         (FAKE._replace(fake_data=False), {}, "made with --fake_data=True, give the same here"),
+        (FAKE, {"flags": {"celeba_files": "others"}}, "made with --celeba_files=others, give the same here"),
+        (FAKE, {"summary": {"kind": "discretised"}}, "its ELBOs are not of the data's density"),
         (FAKE, {"summary": {"rows": [{"variant": "ls"}]}}, "has no F-VAE, run its command with f in --variants"),
         (FAKE, {"summary": None}, "no finished run there"),
         (FAKE, {"flags": None}, "cannot be read"),

@@ -484,7 +484,7 @@ def test_a_damaged_checkpoint_is_refused(toy_run, tmp_path):
     copy = damaged_run(toy_run, tmp_path / "run", truncate)
     result = run_command(f"--run_dir={copy}")
     assert result.returncode != 0
-    assert "damaged or of another shape" in result.stderr
+    assert "damaged, or of another shape or version: repeat" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (copy / "generated").exists()
 

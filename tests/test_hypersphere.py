@@ -215,6 +215,8 @@ def test_rows_are_means_over_seeds_with_numpys_standard_deviations():
         ({"sigma": ()}, "--sigma=: give"),
         ({"radius": -1.0}, "--radius=-1: give"),
         ({"radius": float("inf")}, "--radius=inf: give"),
+        ({"radius": 5.0}, "--radius=5: LS-VAEs here learn sigmas from half the critical one"),
+        ({"radius": 0.005, "dims": (3,)}, "--radius=0.005: LS-VAEs here learn"),
         ({"num_seeds": 0}, "--num_seeds=0: must be at least 1"),
         ({"num_steps": -1}, "--num_steps=-1: must be at least 0"),
         ({"batch_size": 0}, "--batch_size=0: must be at least 1"),

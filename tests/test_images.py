@@ -111,6 +111,17 @@ def test_splits_by_the_list_in_the_folder_or_beside_it(folder, tmp_path, monkeyp
         assert_holds(test, [1, 182637])
 
 
+def test_a_fingerprint_knows_names_sizes_and_splits(folder, tmp_path):
+    first = images.celeba_fingerprint(str(folder))
+    copy = shutil.copytree(folder, tmp_path / "copy" / "folder")
+    assert images.celeba_fingerprint(str(copy)) == first
+    official = "".join(f"{file.name} {0 if int(file.stem) < 162771 else 2}\n" for file in folder.glob("*.jpg"))
+    (copy / "list_eval_partition.txt").write_text(official)
+    listed = images.celeba_fingerprint(str(copy))
+    (copy / "list_eval_partition.txt").write_text(official.replace("000001.jpg 0", "000001.jpg 2"))
+    assert images.celeba_fingerprint(str(copy)) not in (first, listed), "a test image is not to be a training image"
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

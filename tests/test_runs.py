@@ -112,7 +112,7 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
-    with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):
+    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: repeat"):
         runs.Checkpoints(tmp_path, "ls").restore(tree(size=5))
 
 
@@ -123,6 +123,6 @@ def test_a_checkpoint_cut_short_is_refused_and_kept(tmp_path):
             with open(file, "r+b") as handle:
                 handle.truncate(file.stat().st_size // 2)
     before = contents(tmp_path)
-    with pytest.raises(runs.RunError, match="damaged or of another shape: delete"):
+    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: repeat"):
         runs.Checkpoints(tmp_path, "ls").restore(tree())
     assert contents(tmp_path) == before

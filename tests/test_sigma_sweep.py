@@ -153,6 +153,17 @@ def test_a_sigma_that_does_not_fit_is_refused(toy_run, tmp_path, change, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY"])
+def test_a_damaged_copy_of_sigma_is_named(toy_run, tmp_path, content):
+    config = SMALL._replace(variants=("f_star",), sigma_from=str(toy_run[0]))
+    runs.make_run(tmp_path, config._asdict())
+    (tmp_path / "ls_sigma.npy").write_bytes(content)
+    with pytest.raises(command.UsageError, match=r"ls_sigma\.npy is damaged: delete it"):
+        sweep(config, tmp_path)
+    (tmp_path / "ls_sigma.npy").unlink()
+    assert sweep(config, tmp_path)["rows"]
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     config = SMALL._replace(variants=("f", "ls"))
@@ -194,7 +205,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(tmp_path):
     before = {file: file.stat().st_size for file in shards}
     result = run_command("--variants=f", "--num_seeds=1", *SMALL_FLAGS, f"--run_dir={tmp_path}")
     assert result.returncode != 0
-    assert "damaged or of another shape: delete" in result.stderr
+    assert "damaged, or of another shape or version: repeat" in result.stderr
     assert len(result.stderr.splitlines()) == 1, "before any work, the progress bar included"
     assert {file: file.stat().st_size for file in shards} == before
 
@@ -483,6 +494,19 @@ def test_mnist_is_the_real_one(mnist_dir):
     assert mnist.train.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert mnist.train.std() / 255 == pytest.approx(0.3081, abs=5e-5)
     assert not {image.tobytes() for image in mnist.train} & {image.tobytes() for image in mnist.test}
+
+
+@prepares
+@pytest.mark.parametrize("size", [0, 1000])
+def test_damaged_records_end_in_one_line(mnist_dir, tmp_path, size):
+    shutil.copytree(mnist_dir, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.npy"))
+    (record,) = tmp_path.glob("mnist/*/mnist-train.array_record*")
+    with open(record, "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(datasets.DatasetError, match=r"the data in .* are damaged: delete it") as error:
+        datasets.load("mnist", data_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 @prepares

@@ -65,6 +65,25 @@ def log_density(rho, sigma, radius, dim):
 
 
 @pytest.mark.parametrize("dim", DIMS)
+def test_nothing_overflows_at_the_largest_k(dim, accuracy):
+    """Where Hankel's first term is exact: log I_v(k) = k - log(2 pi k) / 2."""
+    k = jnp.asarray(10.0 ** np.array([18, 21, 30, 37] if accuracy == 1e-5 else [18, 30, 100, 154, 200, 300]))
+    log_k = np.log(np.asarray(k, np.float64))
+    expected = special.gammaln(dim / 2) + (dim / 2 - 1) * (np.log(2.0) - log_k) - 0.5 * (np.log(2.0 * np.pi) + log_k)
+    scaled = jax.vmap(jax.value_and_grad(functools.partial(theory.log_mean_exp, dim=dim, scaled=True)))(k)
+    np.testing.assert_allclose(scaled[0], expected, rtol=accuracy)
+    np.testing.assert_allclose(scaled[1], 0.0, atol=accuracy)
+    np.testing.assert_allclose(theory.log_mean_exp(k, dim=dim), k, rtol=accuracy)
+    ratio, slope = jax.vmap(jax.value_and_grad(functools.partial(theory.bessel_ratio, dim=dim)))(k)
+    np.testing.assert_allclose(ratio, 1.0, rtol=accuracy)
+    np.testing.assert_allclose(slope, 0.0, atol=accuracy)
+    sigma = float(k[1]) ** -0.5
+    np.testing.assert_allclose(theory.optimal_radius(sigma, dim=dim), 1.0, rtol=accuracy)
+    limit = expected[1] - dim / 2 * np.log(2.0 * np.pi * sigma**2)
+    np.testing.assert_allclose(theory.best_elbo(sigma, dim=dim), limit, rtol=accuracy)
+
+
+@pytest.mark.parametrize("dim", DIMS)
 def test_ratio_log_mean_and_their_slopes_are_mpmaths(dim, accuracy):
     ks = K[(K != 1e5) | (dim < 10_000)]  # mpmath takes 10 s there; quadrature covers it
     log_mean, ratio, slope = np.transpose([reference(k, dim) for k in ks])
