@@ -4,7 +4,7 @@
 
 trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves
 metrics, checkpoints, figures and summary.json in a directory below runs/. The same command resumes an interrupted run,
-and reports a finished one again. It takes some four minutes on two CPU cores; expect ELBOs of about -0.90, -0.75 and
+and reports a finished one again. It takes some two minutes on two CPU cores; expect ELBOs of about -0.90, -0.75 and
 -0.48 nats.
 """
 

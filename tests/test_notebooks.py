@@ -4,6 +4,7 @@ import ast
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -170,7 +171,7 @@ def test_runs_from_top_to_bottom(name, notebook, smoke, tmp_path):
     trained = {"images": 2, "paper_in_ten_minutes": 1, "theorem_1": 1, "your_data": 0}
     assert len(list(tmp_path.glob("*/summary.json"))) == trained[name]  # in place of the checkout's runs/
     if name == "images":
-        loads_a_finished_run(next(tmp_path.glob("notebook_mnist_[0-9]*")), tmp_path / "none")
+        loads_a_finished_run(next(tmp_path.glob("mnist_[0-9]*")), tmp_path / "none")
 
 
 def loads_a_finished_run(run_dir, runs):
@@ -183,6 +184,24 @@ def loads_a_finished_run(run_dir, runs):
     assert any("LV-VAE" in text for text in texts(done))
     [picture] = pictures(done)
     assert picture.shape == np.asarray(PIL.Image.open(run_dir / "figures" / "samples.png").convert("RGB")).shape
+
+
+@pytest.mark.slow
+def test_images_on_a_cpu_loads_the_runs_that_come_with_it_and_needs_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("LVAE_SMOKE", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    copy = shutil.copytree(ROOT / "colab" / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("generated"))
+    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*") if file.is_file()}
+    done = execute(read("images"), RUNS=f"Path({str(copy)!r})")
+    said = "".join(texts(done))
+    assert said.count("is finished") == 2, "of a version with other flags: repeat the commands that made these runs"
+    check_pictures(pictures(done))
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert not (tmp_path / "none").exists()
+    kept = "".join(texts(read("images")))
+    for number in re.findall(r"(?:VAE) .*? (-?\d+\.\d{4})", said):
+        assert number in kept, "the outputs that are kept are of these runs"
 
 
 @pytest.mark.slow
