@@ -153,7 +153,8 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
     if "sharp" in titles:
         notes.append(
             "sharp: Laplacian energy of reconstructions by that of the originals, 1 if as sharp; noise: root mean "
-            "square distance of generated samples from their means; both of 100 images."
+            f"square distance of generated samples from their means; both of {min(100, summary['num_test_examples'])} "
+            "images."
         )
     if "bits/dim" in titles and not first["is_code"]:
         notes.append(
