@@ -150,8 +150,9 @@ def run(
             scores = [against_test(generated) for generated in of_members]
             columns = {name: [values[name] for values in scores] for name in scores[0]}
             mean = {name: float(np.mean(values)) for name, values in columns.items()}
-            spread = {f"{name}_sd": float(np.std(values, ddof=1)) for name, values in columns.items()}
-            rows.append({"row": f"{title}: {kind}"} | mean | (spread if len(scores) > 1 else {}))
+            several = columns if len(scores) > 1 else {}
+            spread = {f"{name}_sd": float(np.std(values, ddof=1)) for name, values in several.items()}
+            rows.append({"row": f"{title}: {kind}"} | mean | spread)
     quality = {
         "rows": rows,
         "num_images": len(test),
