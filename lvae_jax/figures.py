@@ -96,19 +96,22 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
 
     Args:
       panels: title -> (examples [B, *S], their stddevs [B, *S] or None). Images [B, H, W, C] on [0, 1] lie in rows of
-        eight, above their sigma maps; points in the plane [B, 2] are coloured by sigma. Of the stddevs of an image's
-        channels, and of a point's coordinates, the mean is shown, on one scale for all panels.
+        eight, where sigma is no single number above their sigma maps; points in the plane [B, 2] are coloured by sigma.
+        Of the stddevs of an image's channels, and of a point's coordinates, the mean is shown, on one scale for all
+        panels.
     """
     images = next(iter(panels.values()))[0].ndim == 4
-    rows = 1 + images
+    sigmas = {name: stddevs.mean(axis=-1) for name, (_, stddevs) in panels.items() if stddevs is not None}
+    if images and not any(np.ptp(sigma) > 0.0 for sigma in sigmas.values()):
+        sigmas = {}
+    rows = 1 + bool(images and sigmas)
     figure = Figure(figsize=(3.4 * len(panels) + 0.8, 3.5 * rows), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(rows, len(panels), sharex=not images, sharey=not images, squeeze=False)
-    sigmas = {name: stddevs.mean(axis=-1) for name, (_, stddevs) in panels.items() if stddevs is not None}
     limits = {
         "cmap": "magma" if images else "copper",
         "vmin": 0.0,
-        "vmax": max(float(sigma.max()) for sigma in sigmas.values()),
+        "vmax": max((float(sigma.max()) for sigma in sigmas.values()), default=1.0),
     }
     for column, (name, (examples, _)) in zip(axes.T, panels.items(), strict=True):
         column[0].set_title(name)
@@ -123,7 +126,8 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
             shown = column[0].scatter(*examples.T, c=sigmas[name], s=8, linewidths=0, **limits)
         else:
             column[0].scatter(*examples.T, color=_DATA, s=8, linewidths=0)
-    figure.colorbar(shown, ax=list(axes[-1]), label=f"sigma [{unit}]")
+    if sigmas:
+        figure.colorbar(shown, ax=list(axes[-1]), label=f"sigma [{unit}]")
     return figure
 
 

@@ -63,6 +63,17 @@ def test_images(channels):
     assert strips[0].images[0].get_clim() == (0.0, 1.0)
 
 
+def test_images_of_one_sigma_have_no_map_of_it():
+    fixed, vector = panel("F-VAE", (4, 4, 1)), panel("LV-VAE", (4, 4, 1))
+    fixed = fixed._replace(reconstruction_stddevs=np.full_like(fixed.data, 0.7))
+    figure = figures.image_panels([fixed, vector], unit="mm")
+    render(figure)
+    strips = [axis.get_ylabel().splitlines()[0] for axis in figure.axes if axis.get_ylabel()]
+    assert strips.count("sigma of the") == 1
+    assert strips[-1] == "sigma of the"
+    assert len(strips) == 1 + 3 + 4
+
+
 def test_losses_have_the_signs_of_losses():
     curve = curves()
     figure = figures.losses({"F-VAE": curve, "LS-VAE": curves()})

@@ -595,6 +595,12 @@ def test_a_gallery_shows_images_in_rows_of_eight():
     assert bottom[1].images[0].get_clim() == (0.0, pytest.approx(1.0))
 
 
+def test_a_gallery_of_one_sigma_has_no_maps_of_it():
+    values = np.random.default_rng(0).uniform(size=(3, 4, 5, 3))
+    figure = figures.gallery("", {"images": (values, None), "means": (values, 0.1 + 0 * values)}, unit="pixel")
+    assert len(figure.axes) == 2, "neither maps nor a colour bar"
+
+
 def test_a_gallery_colours_points_by_sigma():
     points = np.random.default_rng(0).normal(size=(100, 2))
     stddevs = np.abs(points)
