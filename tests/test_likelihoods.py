@@ -31,7 +31,7 @@ scalar_heads = pytest.mark.parametrize(
 def outputs_for(head, *shape):
     """Decoder outputs [*shape, K]: means of order one, and further channels that move a log sigma by half a nat."""
     outputs = jax.random.normal(jax.random.key(7), (*shape, head.outputs))
-    return outputs.at[..., 1:].multiply(0.5)
+    return outputs.at[..., 1:].multiply(0.5 / likelihoods.GAIN)
 
 
 def data_for(head, params, outputs):
@@ -90,7 +90,7 @@ def test_stddev_starts_at_sigma(make):
 @pytest.mark.parametrize(("sigma", "gain"), [(0.3, 1.0), (0.3, 0.03), (2.0, 0.5)])
 def test_learned_vector_takes_log_sigma_from_the_second_channel(sigma, gain):
     head = likelihoods.learned_vector(sigma, gain=gain)
-    outputs = outputs_for(head, 5, 3, 4, 1)
+    outputs = outputs_for(head, 5, 3, 4, 1).at[..., 1].multiply(likelihoods.GAIN)
     expected = sigma * np.exp(gain * np.float64(outputs[..., 1]))
     np.testing.assert_allclose(head.stddev({}, outputs), expected, rtol=1e-6)
 
@@ -458,7 +458,7 @@ def test_update_is_the_identity_where_gradients_or_nothing_set_sigma(name):
 def gradient_of_log_sigma(head, params, outputs, x):
     """d log p(x|z) / d log sigma, summed: by the one parameter, or by the decoder's second channel."""
     of_params, of_outputs = jax.grad(lambda *args: head.log_prob(*args, x).sum(), (0, 1))(params, outputs)
-    return sum(leaf.sum() for leaf in jax.tree.leaves(of_params)) + of_outputs[..., 1:].sum()
+    return sum(leaf.sum() for leaf in jax.tree.leaves(of_params)) + of_outputs[..., 1:].sum() / likelihoods.GAIN
 
 
 @every_density
