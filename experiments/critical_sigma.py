@@ -165,6 +165,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
+    command.define_places()
     flags.adopt_module_key_flags(command)  # --help lists them too
     defaults = Config()
     flags.DEFINE_string("dataset", defaults.dataset, "toy, mnist, celeb_a, or another TFDS image data set")
@@ -174,7 +175,6 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "compare", None, "directory of a finished sigma_sweep of this data set: its F-VAEs stand beside"
     )
-    command.define_places()
 
 
 def main() -> None:

@@ -167,10 +167,10 @@ def write_report(scale: str, path: Path, echo: Callable[[str], None]) -> list[Cl
 
 
 def define_flags() -> None:
+    command.define_places()
     flags.adopt_module_key_flags(command)  # --help lists them too
     flags.DEFINE_enum("scale", "cpu", list(SCALES), "how much to run")
     flags.DEFINE_list("parts", list(PARTS), "which of the scale's parts to run now; the report has all finished ones")
-    command.define_places()
 
 
 def main() -> None:

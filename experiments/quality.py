@@ -219,9 +219,9 @@ def table(quality: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
+    command.define_places(celeba=False)
     flags.adopt_module_key_flags(command)  # --help lists them too
     flags.DEFINE_integer("classifier_steps", 1000, "gradient steps of the classifier, 128 images each")
-    command.define_places(celeba=False)
 
 
 def main() -> None:

@@ -425,6 +425,7 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
 
 
 def define_flags() -> None:
+    command.define_places()
     flags.adopt_module_key_flags(command)  # --help lists them too
     defaults = Config()
     flags.DEFINE_list(
@@ -531,7 +532,6 @@ def define_flags() -> None:
         defaults.evidence,
         "also log p(x) of the models on the toy, by quadrature over the latent plane: splits the gap to its density",
     )
-    command.define_places()
 
 
 def main() -> None:

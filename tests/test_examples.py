@@ -60,7 +60,7 @@ class TestNumPyro:
         stddevs = np.std(np.asarray(x), axis=0)
         np.testing.assert_allclose(np.std(np.asarray(draws), axis=0), stddevs, atol=0.5)
 
-    @pytest.mark.parametrize("head", [lv.learned_scalar(0.3), lv.learned_vector(0.3)], ids=["ls", "lv"])
+    @pytest.mark.parametrize("head", [lv.learned_scalar(0.3), lv.learned_vector(0.3, gain=1.0)], ids=["ls", "lv"])
     def test_a_head_is_a_distribution(self, numpyro_vae, head):
         outputs = np.asarray(jax.random.normal(jax.random.key(0), (4, 3, 2, head.outputs)))
         observation = numpyro_vae.Observation(head, head.init(), jnp.asarray(outputs))

@@ -162,7 +162,7 @@ def curved(latent_size):
         return np.stack([means, log_stddevs], axis=-1)
 
     encode = Network(lambda key: {}, lambda params, x: (0.3 * x[:, :latent_size], 0.0 * x[:, :latent_size] - 0.3))
-    model = vae.VAE(encode, Network(lambda key: {}, decode), likelihoods.learned_vector(), latent_size)
+    model = vae.VAE(encode, Network(lambda key: {}, decode), likelihoods.learned_vector(gain=1.0), latent_size)
     return model, vae.init(KEY, model), lambda z: decode({}, np.array(z), np)
 
 
