@@ -146,11 +146,12 @@ def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]
         for better, worse, name in pairs
     ]
     tested = [ordering.paired for ordering in found if ordering.paired is not None]
-    corrected = {name: iter(holm([getattr(each, name) for each in tested])) for name in ("p", "p_wilcoxon")}
+    p = iter(holm([each.p for each in tested]))
+    p_wilcoxon = iter(holm([each.p_wilcoxon for each in tested]))
     return [
-        ordering._replace(paired=each._replace(**{name: next(values) for name, values in corrected.items()}))
-        if (each := ordering.paired) is not None
-        else ordering
+        ordering
+        if ordering.paired is None
+        else ordering._replace(paired=ordering.paired._replace(p=next(p), p_wilcoxon=next(p_wilcoxon)))
         for ordering in found
     ]
 

@@ -143,7 +143,9 @@ def run(
     classifier = train_classifier(jax.random.key(0), dataset.train, train_labels, num_steps=classifier_steps)
     test = np.asarray(datasets.to_float(dataset.test))
     against_test = functools.partial(score, classifier.features, classifier.features(test))
-    rows = [{"row": "training images"} | against_test(np.asarray(datasets.to_float(dataset.train[: len(test)])))]
+    rows: list[dict[str, Any]] = [
+        {"row": "training images"} | against_test(np.asarray(datasets.to_float(dataset.train[: len(test)])))
+    ]
     for title, part in report.by_row(summary["members"]).items():
         pairs = [drawn[member["group"]](len(test)) for member in part]
         for kind, of_members in zip(("samples", "means"), zip(*pairs, strict=True), strict=True):
@@ -152,7 +154,7 @@ def run(
             mean = {name: float(np.mean(values)) for name, values in columns.items()}
             several = columns if len(scores) > 1 else {}
             spread = {f"{name}_sd": float(np.std(values, ddof=1)) for name, values in several.items()}
-            rows.append({"row": f"{title}: {kind}"} | mean | spread)
+            rows.append({"row": f"{title}: {kind}", **mean, **spread})
     quality = {
         "rows": rows,
         "num_images": len(test),
