@@ -146,8 +146,8 @@ class _ConvTranspose(nn.Module):
     """`nn.ConvTranspose` with a 4 x 4 kernel, stride 2 and the same parameters: it doubles both sides.
 
     Written as a convolution whose outputs are 2 x 2 pixels each: on a CPU the gradients of the kernels of transposed
-    ones take about as long as all the rest of a step (`benchmarks.sigma_sweep` compares). A kernel of twice the stride covers every pixel equally
-    often, which avoids checkerboards.
+    ones take about as long as all the rest of a step (`benchmarks.sigma_sweep` compares). A kernel of twice the stride
+    covers every pixel equally often, which avoids checkerboards.
     """
 
     features: int
