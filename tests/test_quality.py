@@ -139,8 +139,12 @@ def test_rows_are_the_means_of_members_and_the_yardstick_comes_first(run_dir, ge
         pairs = [generators[member["group"]](128) for member in part]
         for kind, index in (("samples", 0), ("means", 1)):
             scores = [quality.score(corner, corner(SEEN), pair[index]) for pair in pairs]
-            for name, value in rows[f"{title}: {kind}"].items():
-                assert value == pytest.approx(np.mean([score[name] for score in scores]), rel=1e-12)
+            row = rows[f"{title}: {kind}"]
+            assert row.keys() == {*scores[0], *(f"{name}_sd" for name in scores[0])}
+            for name in scores[0]:
+                values = [score[name] for score in scores]
+                assert row[name] == pytest.approx(np.mean(values), rel=1e-12)
+                assert row[f"{name}_sd"] == pytest.approx(np.std(values, ddof=1), rel=1e-9, abs=1e-12)
 
 
 @pytest.fixture(scope="module")
