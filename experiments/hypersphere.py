@@ -5,8 +5,8 @@
 draws the exact objective of the paper's Fig. 2 for the spheres in R^2, R^3 and R^10, trains F-VAEs over a grid of sigma
 around the critical one and LS-VAEs on each, and compares the radius of their decoders' outputs and their ELBOs with the
 exact ones. LS-VAEs start at sigma = R, as the paper's, and at half the critical sigma. The same command resumes an
-interrupted run, and reports a finished one again. It takes some ten minutes on two CPU cores; expect radii of 0.970 at
-0.3 times the critical sigma for n = 3, and below 0.02 above it.
+interrupted run, and reports a finished one again. It took 20 minutes on two CPU cores with other work to do; expect
+radii of 0.970 at 0.3 times the critical sigma for n = 3, and below 0.02 above it.
 """
 
 import functools
@@ -74,7 +74,7 @@ def check(config: Config) -> None:
     if config.num_steps and not (math.sqrt(math.e) * low <= narrowest and config.radius <= high / math.sqrt(math.e)):
         raise command.UsageError(
             f"--radius={config.radius:g}: LS-VAEs here learn sigmas from half the critical one, {narrowest:.2g}, to R, "
-            f"and none learns any outside {math.sqrt(math.e) * low:.2g} to {high / math.sqrt(math.e):.2g}"
+            f"and none learns any outside {math.sqrt(math.e) * low:.2g} to {high / math.sqrt(math.e):.2g}: give another"
         )
     for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
         value = getattr(config, name)
