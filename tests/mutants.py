@@ -1,0 +1,303 @@
+"""Faults that the tests must notice: each breaks one line in a copy of the checkout, and a test there has to fail.
+
+  python -m tests.mutants
+  python -m tests.mutants --names=kl_without_half,crop_off_by_one --processes=1 --record=mutants.txt
+
+The tests run unchanged first, then against each mutant those that ought to kill it. One line for each says which test
+killed it, or that it SURVIVED: then a test is missing, or the fault is none. The process fails if one survives.
+
+To add one, add it to `MUTANTS`: a mistake that people make, in a fragment of a line that occurs once in its file, and
+if they are not those of the same name the narrowest tests that should see it. The changed line must still run: a test
+that cannot import the code shows nothing.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TIME_LIMIT = 900.0  # seconds, of the tests of one mutant
+
+
+class Mutant(NamedTuple):
+    """A fault: in `file`, `old` becomes `new`. tests: pytest's arguments, separated by spaces; by default the test file
+    of the same name."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = ""
+
+    @property
+    def arguments(self) -> str:
+        return self.tests or f"tests/test_{Path(self.file).name}"
+
+
+def _tests(name: str, *functions: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py::test_{function}" for function in functions)
+
+
+# What trains something or starts a command
+COMPARES, FOLLOWS, WARMED, OPTIONS, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tests(
+    "sigma_sweep",
+    "the_command_compares_all_variants",
+    "those_that_follow_an_ls_run_follow_that_of_their_seed",
+    "a_kl_warmed_up_is_larger_and_its_elbo_is_still_one",
+    "options_of_training_reach_the_result",
+    "images_train_on_the_train_split_and_are_judged_on_the_test_split",
+    "bad_input_gets_one_line_and_nothing_is_written",
+    "a_sigma_that_does_not_fit_is_refused",
+)
+SPHERE_RUN, SPHERE_RESUMED, SPHERE_NONSENSE = _tests(
+    "hypersphere",
+    "the_command_puts_theory_beside_trained_models",
+    "an_interrupted_run_goes_on_to_the_same_numbers",
+    "nonsense_is_refused_in_one_line",
+)
+FAKE_IMAGES, ITS_FILES, BESIDE, CRITICAL_NONSENSE = _tests(
+    "critical_sigma",
+    "fake_images_beside_trained_vaes",
+    "a_finished_run_is_of_the_files_it_has_seen",
+    "a_run_that_cannot_stand_beside_is_refused_in_one_line",
+    "nonsense_is_refused_in_one_line",
+)
+WEIGHTS, MOMENTS, NOT_THERE = _tests(
+    "generate",
+    "toy_samples_are_those_of_the_trained_weights",
+    "samples_have_their_means_and_stddevs_and_all_members_the_same_draws",
+    "what_is_not_in_the_run_is_refused",
+)
+SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped_and_any_features_will_do", "flags_that_make_no_sense")
+ITS_OWN = "-m slow tests/test_quality.py::test_samples_are_a_member_s_own"
+DEVICES = "-m slow tests/test_devices.py::test_no_two_examples_draw_the_same_noise_and_no_device_its_own"
+
+LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
+GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
+VAE, TOY, RUNS, THEORY, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "theory", "networks"))
+SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
+SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
+GENERATE, QUALITY = "experiments/generate.py", "experiments/quality.py"
+
+MUTANTS = [
+    # The library
+    Mutant("kl_without_half", GAUSSIANS, "return 0.5 * (mean**2 +", "return (mean**2 +"),
+    Mutant("density_without_half", GAUSSIANS, "-0.5 * standardised**2", "-1.0 * standardised**2"),
+    Mutant("sigma_may_grow", LIKELIHOODS, "RANGE = (-7.0, 2.0)", "RANGE = (-7.0, 3.0)"),
+    Mutant("edge_of_the_last_bin", LIKELIHOODS, "jnp.where(last, -254.5, 0.5)", "jnp.where(last, -255.0, 0.5)"),
+    Mutant(
+        "fixed_sigma_learns",
+        LIKELIHOODS,
+        "0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(",
+        "0.0, init, update, lambda params, outputs: jnp.asarray(",
+    ),
+    Mutant("optimal_sigma_squared", LIKELIHOODS, "clip(0.5 * jnp.log(mse))", "clip(jnp.log(mse))"),
+    Mutant("replayed_late", LIKELIHOODS, "jnp.take(sigmas, step,", "jnp.take(sigmas, step - 1,"),
+    Mutant("order_off_by_one", DATASETS, "first, last = step * batch_size,", "first, last = step * batch_size + 1,"),
+    Mutant("one_order_for_ever", DATASETS, "default_rng((seed, epoch))", "default_rng((seed, 0))"),
+    Mutant("dequantised_by_255", DATASETS, "jnp.float32(2**16)) / 256.0", "jnp.float32(2**16)) / 255.0"),
+    Mutant("flipped_upside_down", DATASETS, "examples[:, :, ::-1]", "examples[:, ::-1]"),
+    Mutant("crop_off_by_one", IMAGES, "(218 - CELEBA_CROP) // 2", "(218 - CELEBA_CROP) // 2 + 1"),
+    Mutant("split_off_by_one", IMAGES, '"test": range(182_638,', '"test": range(182_637,'),
+    Mutant("cache_of_any_size", IMAGES, "-bilinear{image_size}", "-bilinear"),
+    Mutant("one_key_for_u_and_noise", TOY, "jax.random.normal(noise_key, SHAPE)", "jax.random.normal(u_key, SHAPE)"),
+    Mutant("bessel_recurrence", THEORY, "= dim + 2 * step + k * upper", "= dim + step + k * upper"),
+    Mutant("critical_without_root", THEORY, "return radius / math.sqrt(dim)", "return radius / dim"),
+    Mutant("entropy_in_bits", THEORY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /"),
+    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,"),
+    Mutant("kl_averaged", VAE, "kl=jnp.sum(", "kl=jnp.mean("),
+    Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
+    Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
+    Mutant("beta_ignored", TRAINING, "jnp.mean(weight * terms.kl", "jnp.mean(terms.kl"),
+    Mutant("schedule_late", TRAINING, 'params["likelihood"], step,', 'params["likelihood"], state.step,'),
+    Mutant("average_unused", TRAINING, "self.params if self.ema is None else self.ema", "self.params", OPTIONS),
+    Mutant(
+        "devices_draw_alike", TRAINING, "else len(x) * jax.lax.axis_index(", "else 0 * jax.lax.axis_index(", DEVICES
+    ),
+    Mutant(
+        "last_chunk_dropped", EVALUATION, "range(0, size, chunk_size)", "range(0, size - chunk_size + 1, chunk_size)"
+    ),
+    Mutant("constant_s_sign", EVALUATION, "return elbo + math.prod(shape)", "return elbo - math.prod(shape)"),
+    Mutant("nats_for_bits", EVALUATION, "(bound - elbo) / (n * math.log(2.0))", "(bound - elbo) / n"),
+    Mutant("active_by_stddev", EVALUATION, "posterior_mean.var(axis=-1) > 0.01", "posterior_mean.std(axis=-1) > 0.01"),
+    Mutant("rewound_too_far", RUNS, 'row["step"] <= step]', 'row["step"] < step]'),
+    Mutant("panels_swapped", FIGURES, "*panel.reconstructions.T", "*panel.sample_means.T"),
+    # The experiments, by tests of their parts
+    Mutant("sd_of_the_population", REPORT, "np.std(elbos, ddof=1)", "np.std(elbos)"),
+    Mutant("gap_s_sign", REPORT, 'test_log_prob - row["elbo"]', 'row["elbo"] - test_log_prob'),
+    Mutant("bonferroni_for_holm", CLAIMS, "np.arange(len(values), 0, -1)", "np.full(len(values), len(values))"),
+    Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
+    Mutant("not_in_grey_levels", CLAIMS, "255.0 * math.sqrt(np.mean(", "math.sqrt(np.mean("),
+    Mutant("seeds_not_paired", CLAIMS, 'sorted(chosen, key=lambda member: member["seed"])', "chosen"),
+    Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs)", "recall(theirs, real)", SCORE),
+    # Flags that are not checked
+    Mutant("any_sigma", SWEEP, "if not 1e-15 < sigma", "if not 0.0 < sigma", f"{BAD_FLAG}[--sigma=1e-300]"),
+    Mutant("any_warmup", SWEEP, "warmup_steps < config", "warmup_steps <= config", f"{BAD_FLAG}[--warmup_steps=3000]"),
+    Mutant("sigma_of_other_seeds", SWEEP, '"seed", "num_seeds"]', '"num_seeds"]', BAD_SIGMA),
+    Mutant("sphere_in_one_dimension", SPHERE, "min(config.dims) < 2:", "min(config.dims) < 1:", SPHERE_NONSENSE),
+    Mutant("a_sigma_twice", SPHERE, "or len(set(values)) < len(values) or", "or", SPHERE_NONSENSE),
+    Mutant("critical_sigma_of_zero", CRITICAL, "if not 1e-6 <= sigma", "if not 0.0 <= sigma", CRITICAL_NONSENSE),
+    Mutant("beside_probabilities", CRITICAL, '("points", "density")', '("points", "density", "discretised")', BESIDE),
+    Mutant("no_samples", GENERATE, "if num_samples < 1:", "if num_samples < 0:", NOT_THERE),
+    Mutant("no_classifier_steps", QUALITY, "if classifier_steps < 1:", "if classifier_steps < 0:", BAD_FLAGS),
+    # The experiments, from end to end
+    Mutant("wrong_split", LOOP, "over_split(examine, dataset.test,", "over_split(examine, dataset.train,", IMAGE_RUN),
+    Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", SPHERE_RESUMED),
+    Mutant("saved_at_another_step", LOOP, "checkpoints.save(step,", "checkpoints.save(step - 1,", SPHERE_RESUMED),
+    Mutant("resumed_late", LOOP, "int(states.step[0]),", "int(states.step[0]) + 1,", SPHERE_RESUMED),
+    Mutant("record_shifted", LOOP, "record[:, step:stop] =", "record[:, step + 1 : stop + 1] =", FOLLOWS),
+    Mutant("seeds_of_others", SWEEP, "np.tile(seeds,", "np.repeat(seeds,", COMPARES),
+    Mutant("f_star_at_the_start", SWEEP, '== "replay" else record[:, -1]', '== "replay" else record[:, 0]', FOLLOWS),
+    Mutant("annealed_slowly", SWEEP, "return max(1, config.num_steps // 2)", "return config.num_steps", FOLLOWS),
+    Mutant("kl_not_warmed_up", SWEEP, 'warmup if variant == "kl_warmup" else config', "config", WARMED),
+    Mutant("best_sigma_squared", SWEEP, 'np.sqrt(columns["mse"])', 'columns["mse"]', COMPARES),
+    Mutant("model_gap_s_sign", SWEEP, "- evidence, axis=-1)", "+ evidence, axis=-1)", COMPARES),
+    Mutant("images_without_floor", SWEEP, "} if images else {}", "} if not images else {}", IMAGE_RUN),
+    Mutant("sigma_in_another_unit", SPHERE, "np.array(config.sigma) * critical", "np.array(config.sigma)", SPHERE_RUN),
+    Mutant("radius_of_noise", SPHERE, "x in (pictures.sample_means,", "x in (pictures.samples,", SPHERE_RUN),
+    Mutant("last_images_dropped", CRITICAL, "(0, size, CHUNK,", "(0, size - CHUNK + 1, CHUNK,", FAKE_IMAGES),
+    Mutant("run_of_any_files", CRITICAL, "config = config._replace(", "config._replace(", ITS_FILES),
+    Mutant("first_member_for_all", GENERATE, 'index=member["member"]: leaf', "index=0: leaf", WEIGHTS),
+    Mutant("means_for_samples", GENERATE, 'arrays = {"samples": samples,', 'arrays = {"samples": means,', MOMENTS),
+    Mutant("chunks_alike", QUALITY, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),
+]
+
+
+class Result(NamedTuple):
+    """What pytest found. code: its exit code, None beyond the time limit; failed: the first test that failed, if one
+    did; output: all that it printed."""
+
+    code: int | None
+    failed: str
+    output: str
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        if self.code == 0:
+            return "SURVIVED"
+        if self.code == 1 and self.failed:
+            return f"killed by {self.failed}"
+        return "NO ANSWER: " + ("beyond the time limit" if self.code is None else f"pytest ends with {self.code}")
+
+
+def broken(mutant: Mutant) -> str:
+    """The mutant's file with its fault.
+
+    Raises:
+      SystemExit: the fragment is not there, or not once.
+    """
+    text = (ROOT / mutant.file).read_text()
+    count = text.count(mutant.old)
+    if count != 1:
+        sys.exit(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}, and has to occur once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies the files that git tracks, as they are now, and new ones that it does not ignore."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():  # not one that was deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """In which Python imports the copy, wherever the package is installed from."""
+    return os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_tests(arguments: str, mutant: Mutant | None = None) -> Result:
+    """Runs these tests in a copy of the checkout, which has the mutant's fault."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        folder = Path(temporary, "checkout")
+        copy_checkout(folder)
+        if mutant is not None:
+            (folder / mutant.file).write_text(broken(mutant))
+        options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={temporary}/pytest"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *arguments.split()],
+            cwd=folder,
+            env=environment(folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=TIME_LIMIT)
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and the commands that the tests have started
+            output, _ = process.communicate()
+            code = None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
+    return Result(code, failed[1] if failed else "", output, time.monotonic() - began)
+
+
+def imported_from() -> str:
+    """Where the library is imported from in a copy."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        folder = Path(temporary)
+        copy_checkout(folder)
+        words = [sys.executable, "-c", "import lvae_jax; print(lvae_jax.__file__)"]
+        where = subprocess.check_output(words, cwd=folder, env=environment(folder), text=True).strip()
+        if not Path(where).is_relative_to(folder):
+            sys.exit(f"the tests of a copy import {where}, and would see no fault")
+    return where
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", default="", help="of the mutants, separated by commas (default: all)")
+    parser.add_argument("--processes", type=int, default=2, help="mutants that are tested at once")
+    parser.add_argument("--record", type=Path, help="a file that gets the same lines")
+    arguments = parser.parse_args()
+    names = list(filter(None, arguments.names.split(",")))
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    for mutant in chosen:
+        broken(mutant)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+        if arguments.record:
+            arguments.record.write_text("\n".join(lines) + "\n")
+
+    say(f"imported: {imported_from()}")
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        needed = list(dict.fromkeys(mutant.arguments for mutant in chosen))
+        for tests, result in zip(needed, pool.map(run_tests, needed), strict=True):
+            if result.code != 0:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{result.output}\nwithout any fault, {tests} does not pass: {result.verdict}")
+        say(f"without any fault, {len(needed)} sets of tests pass")
+        results: list[Result] = []
+        found = pool.map(run_tests, [mutant.arguments for mutant in chosen], chosen)
+        for mutant, result in zip(chosen, found, strict=True):
+            say(f"{mutant.name:36}{result.verdict} ({result.seconds:.0f} s)")
+            results.append(result)
+    killed = sum(result.verdict.startswith("killed") for result in results)
+    say(f"{killed} of {len(chosen)} mutants killed, {sum(result.code == 0 for result in results)} survived")
+    if killed < len(chosen):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
