@@ -1,4 +1,4 @@
-"""The main job, end to end: on the toy and on real MNIST, interrupted and resumed, and given nonsense."""
+"""The main job, end to end: interrupted and resumed, and given nonsense."""
 
 import collections
 import functools
@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from experiments import command, loop, report, sigma_sweep
-from lvae_jax import datasets, evaluation, images, likelihoods, networks, runs, toy, training
+from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
 
 ROOT = Path(__file__).parents[1]
@@ -471,128 +471,3 @@ def test_a_later_flag_leaves_the_directories_names_as_they_were():
     path = command.run_path(SMALL, "toy", None)
     assert command.run_path(later, "toy", None) == path
     assert command.run_path(later._replace(later=8), "toy", None) != path
-
-
-@pytest.fixture(scope="session")
-def mnist_dir(tmp_path_factory):
-    """MNIST as TFDS prepares it: from the archives in $MNIST_ARCHIVES if that is set, else from the network."""
-    data_dir = str(tmp_path_factory.mktemp("tfds"))
-    datasets.load("mnist", data_dir=data_dir, manual_dir=os.environ.get("MNIST_ARCHIVES"))
-    return data_dir
-
-
-# TensorFlow and TFDS warn about their own use of other packages while they prepare a data set.
-prepares = pytest.mark.filterwarnings("default")
-
-
-@prepares
-def test_mnist_is_the_real_one(mnist_dir):
-    mnist = datasets.load("mnist", data_dir=mnist_dir)
-    assert mnist.train.shape == (60000, 28, 28, 1)
-    assert mnist.test.shape == (10000, 28, 28, 1)
-    # The mean and standard deviation by which everybody normalises MNIST.
-    assert mnist.train.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
-    assert mnist.train.std() / 255 == pytest.approx(0.3081, abs=5e-5)
-    assert not {image.tobytes() for image in mnist.train} & {image.tobytes() for image in mnist.test}
-
-
-@prepares
-@pytest.mark.parametrize("size", [0, 1000])
-def test_damaged_records_end_in_one_line(mnist_dir, tmp_path, size):
-    shutil.copytree(mnist_dir, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.npy"))
-    (record,) = tmp_path.glob("mnist/*/mnist-train.array_record*")
-    with open(record, "r+b") as file:
-        file.truncate(size)
-    with pytest.raises(datasets.DatasetError, match=r"the data in .* are damaged: delete it") as error:
-        datasets.load("mnist", data_dir=str(tmp_path))
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.rglob("*.npy"))
-
-
-@prepares
-def test_labels_are_those_of_the_images(mnist_dir, monkeypatch):
-    import tensorflow_datasets as tfds
-
-    mnist, labels = datasets.load("mnist", data_dir=mnist_dir), images.tfds_labels("mnist", data_dir=mnist_dir)
-    builder = tfds.builder("mnist", data_dir=mnist_dir, file_format="array_record")
-    for array, of_split, split in zip((mnist.train, mnist.test), labels, ("train", "test"), strict=True):
-        assert of_split.dtype == np.int32
-        examples = list(builder.as_data_source(split=split))
-        np.testing.assert_array_equal(of_split, [example["label"] for example in examples])
-        np.testing.assert_array_equal(array, [example["image"] for example in examples])
-    # How often each digit is known to be there.
-    assert np.bincount(labels[0]).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert np.bincount(labels[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    monkeypatch.setattr(images, "_examples", None)
-    again = images.tfds_labels("mnist", data_dir=mnist_dir)
-    np.testing.assert_array_equal(again[0], labels[0])
-    assert isinstance(again[1], np.memmap), "read once, mapped from then on"
-
-
-@prepares
-def test_reading_prepared_images_needs_no_tensorflow(mnist_dir, tmp_path):
-    shutil.copytree(Path(mnist_dir, "mnist"), tmp_path / "mnist", ignore=shutil.ignore_patterns("*.npy"))
-    code = (
-        "import sys; from lvae_jax import datasets; "
-        "from lvae_jax import images; "
-        f"print(datasets.load('mnist', data_dir={str(tmp_path)!r}).test.shape, "
-        f"images.tfds_labels('mnist', data_dir={str(tmp_path)!r})[1].shape, 'tensorflow' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.strip() == "(10000, 28, 28, 1) (10000,) False", result.stderr
-
-
-@prepares
-def test_mnist_end_to_end(mnist_dir, tmp_path):
-    result = run_command(
-        *("--dataset=mnist", f"--data_dir={mnist_dir}", f"--run_dir={tmp_path}"),
-        *("--num_steps=4", "--num_seeds=1", "--batch_size=16", "--latent_size=8"),
-    )
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num_test_examples"] == 10000
-    assert summary["num_dimensions"] == 784
-    assert summary["unit"] == "pixel on [0, 1]"
-    assert [row["variant"] for row in summary["rows"]] == ["f", "ls", "lv"]
-    # An untrained LS-VAE: the mean near zero, and the density of the whole test split in closed form.
-    ls = summary["rows"][1]
-    x = np.asarray(datasets.to_float(datasets.load("mnist", data_dir=mnist_dir).test))
-    expected = -0.5 * 784 * np.log(2 * np.pi * ls["sigma"] ** 2) - 784 * ls["mse"] / (2 * ls["sigma"] ** 2)
-    assert ls["log_likelihood"] == pytest.approx(expected, rel=1e-4)
-    assert ls["mse"] == pytest.approx(float(jnp.mean(x**2)), rel=0.2)
-    assert (tmp_path / "figures" / "samples.png").stat().st_size > 10_000
-
-
-@prepares
-def test_the_last_partial_chunk_of_the_test_split_counts(mnist_dir):
-    test = datasets.load("mnist", data_dir=mnist_dir).test
-
-    def pixel_sums(x, index):
-        sums = x.reshape(len(x), -1).sum(axis=1, dtype=np.float64)
-        return evaluation.Scores(*7 * [sums])
-
-    scores = evaluation.over_split(pixel_sums, test, chunk_size=768)
-    np.testing.assert_array_equal(scores.elbo, test.reshape(10000, -1).sum(axis=1))
-
-
-@prepares
-def test_damaged_image_caches_are_refused(mnist_dir, tmp_path):
-    for split in ("train", "test"):
-        cache = next(Path(mnist_dir, "mnist").glob(f"*-{split}-images.npy"))
-        copy = tmp_path / "mnist" / cache.name
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(cache.read_bytes()[:5000])
-    with pytest.raises(datasets.DatasetError, match="damaged: delete"):
-        datasets.load("mnist", data_dir=str(tmp_path))
-
-
-@prepares
-def test_a_data_set_in_another_file_format_is_not_called_unknown(mnist_dir, tmp_path):
-    """As anybody has it who prepared MNIST with TFDS's own defaults."""
-    shutil.copytree(Path(mnist_dir, "mnist"), tmp_path / "mnist", ignore=shutil.ignore_patterns("*.npy"))
-    info = next((tmp_path / "mnist").glob("*/dataset_info.json"))
-    for shard in info.parent.glob("*.array_record*"):
-        shard.rename(shard.with_name(shard.name.replace("array_record", "tfrecord")))
-    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(datasets.DatasetError, match=r"another file format.*--data_dir"):
-        datasets.load("mnist", data_dir=str(tmp_path))
