@@ -282,12 +282,15 @@ def main() -> None:
 
     say(f"imported: {imported_from()}")
     with ThreadPoolExecutor(arguments.processes) as pool:
-        needed = list(dict.fromkeys(mutant.arguments for mutant in chosen))
+        by_file: dict[str, dict[str, None]] = {}  # whose tests share what they train
+        for mutant in chosen:
+            by_file.setdefault(mutant.arguments.partition("::")[0], {})[mutant.arguments] = None
+        needed = [" ".join(of_file) for of_file in by_file.values()]
         for tests, result in zip(needed, pool.map(run_tests, needed), strict=True):
             if result.code != 0:
                 pool.shutdown(cancel_futures=True)
                 sys.exit(f"{result.output}\nwithout any fault, {tests} does not pass: {result.verdict}")
-        say(f"without any fault, {len(needed)} sets of tests pass")
+        say(f"without any fault, the tests of {len(needed)} files pass")
         results: list[Result] = []
         found = pool.map(run_tests, [mutant.arguments for mutant in chosen], chosen)
         for mutant, result in zip(chosen, found, strict=True):
