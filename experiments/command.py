@@ -1,9 +1,11 @@
 """What all binaries share: bad flags end in one line, and a finished run is reported, not run again."""
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,59 @@ from absl import app, flags, logging
 from experiments import loop
 from lvae_jax import datasets, runs
 
-flags.DEFINE_string("run_dir", None, "where everything is written (default: a name below runs/ made of the flags)")
-flags.DEFINE_bool("distributed", False, "join the processes that a cluster started, as it describes them")
-flags.DEFINE_string(
-    "coordinator_address", None, "HOST:PORT of process 0, to join processes by hand; all write to one shared --run_dir"
-)
-flags.DEFINE_integer("num_processes", None, "how many processes there are to join")
-flags.DEFINE_integer("process_id", None, "which of them this is, from 0 on; process 0 writes and prints")
+HELP = ("--help", "-help", "-h", "--helpshort", "-?")
+
+_groups: dict[str, list[str]] = {}  # the flags that --help lists, by title
 
 
 class UsageError(Exception):
     """The flags ask for something impossible; the message, one line, names the fix."""
 
 
+@contextlib.contextmanager
+def group(title: str) -> Iterator[None]:
+    """--help lists the flags that are defined in this context together, in their order, below the title."""
+    before = set(flags.FLAGS)
+    yield
+    names = _groups.setdefault(title, [])
+    names += [name for name in flags.FLAGS if name not in before and name not in names]
+
+
+with group("the run"):
+    flags.DEFINE_string("run_dir", None, "folder of the run (default: below runs/, named after the flags)")
+with group("several processes"):
+    flags.DEFINE_bool("distributed", False, "join the processes that a cluster started, as it describes them")
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, to join processes by hand; all share one --run_dir"
+    )
+    flags.DEFINE_integer("num_processes", None, "number of processes to join")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0; process 0 writes and prints")
+
+
+def help_text(about: str) -> str:
+    """The flags in their groups, below the text `about` the program."""
+
+    def lines(name: str) -> str:
+        flag = flags.FLAGS[name]
+        shown = "" if flag.default in (None, False, True, []) else f" (default: {flag.default_as_str.strip(chr(39))})"
+        option = f"--[no]{name}" if flag.default is True else f"--{name}" if flag.boolean else f"--{name}=..."
+        text = textwrap.wrap(flag.help + shown, 90, break_on_hyphens=False)
+        return "\n".join([f"  {option}", *(f"      {part}" for part in text)])
+
+    last = ("the run", "several processes")
+    titles = [title for title in _groups if title not in last] + list(last)
+    sections = [f"{title}:\n" + "\n".join(map(lines, _groups[title])) for title in titles]
+    return "\n\n".join([about.strip(), *sections])
+
+
 def start(name: str, main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`; the process ends with one line if the flags, the data or the run directory
-    cannot be used."""
+    """Parses the flags and calls `main`, whose module's docstring heads --help. The process ends with one line if the
+    flags, the data or the run directory cannot be used."""
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if set(HELP) & set(argv[1:]):
+            print(help_text(sys.modules[main.__module__].__doc__ or ""))
+            sys.exit()
         try:
             rest = flags.FLAGS(list(argv))
         except flags.Error as error:
@@ -57,12 +94,13 @@ def start(name: str, main: Callable[[], None]) -> None:
 
 def define_places(*, celeba: bool = True) -> None:
     """Defines the flags that say where data are: the folders of `datasets.load`."""
-    flags.DEFINE_string("data_dir", None, "where TFDS keeps prepared data sets (default: ~/tensorflow_datasets)")
-    flags.DEFINE_string("manual_dir", None, "folder with the data set's original archives, instead of downloading them")
-    if celeba:
-        flags.DEFINE_string(
-            "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg, instead of TFDS's celeb_a"
-        )
+    with group("the data"):
+        flags.DEFINE_string("data_dir", None, "folder of TFDS's prepared data sets (default: ~/tensorflow_datasets)")
+        flags.DEFINE_string("manual_dir", None, "folder of the data set's original archives, to download nothing")
+        if celeba:
+            flags.DEFINE_string(
+                "celeba_dir", None, "folder of CelebA's aligned JPEGs, 000001.jpg to 202599.jpg; replaces TFDS's copy"
+            )
 
 
 def values(names: Iterable[str]) -> dict[str, Any]:
@@ -74,7 +112,7 @@ def numbers(name: str, texts: Iterable[str], kind: type = float) -> tuple[Any, .
     """The numbers that the flag `name` lists.
 
     Raises:
-      UsageError: one of them is none.
+      UsageError: a value is not a number.
     """
     try:
         return tuple(kind(text) for text in texts)

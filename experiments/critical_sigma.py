@@ -32,6 +32,7 @@ class Config(NamedTuple):
     dataset: str = "mnist"
     sigma: tuple[float, ...] | None = None
     image_size: int | None = None
+    levels: int | None = None
     fake_data: bool = False
     compare: str | None = None
     celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
@@ -49,7 +50,7 @@ def run(
     for sigma in config.sigma or ():
         if not 1e-6 <= sigma <= 1e6:
             raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a number from 1e-6 to 1e6")
-    data: dict[str, Any] = {"image_size": config.image_size, "fake_data": config.fake_data}
+    data: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "levels", "fake_data")}
     datasets.check(config.dataset, **data, **places)
     if places.get("celeba_dir") is not None:
         config = config._replace(celeba_files=celeba_fingerprint(places["celeba_dir"]))
@@ -65,7 +66,7 @@ def run(
 
 
 def f_vaes(config: Config) -> list[dict[str, Any]]:
-    """The F-VAEs' rows of the sweep to compare with, none without one.
+    """The F-VAEs' rows of the sweep to compare with; an empty list without one.
 
     Raises:
       command.UsageError: it is unfinished, of another data set or has no F-VAE.
@@ -76,7 +77,7 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
     if not (path / "summary.json").exists():
         raise command.UsageError(f"--compare={path}: no finished run there")
     theirs, summary = runs.read_json(path / "flags.json"), runs.read_json(path / "summary.json")
-    for name in ("dataset", "image_size", "fake_data", "celeba_files"):
+    for name in ("dataset", "image_size", "levels", "fake_data", "celeba_files"):
         if theirs.get(name) != getattr(config, name):
             raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
     if summary["kind"] not in ("points", "density"):
@@ -136,7 +137,7 @@ def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """The summary as a table with notes."""
     size = summary["num_dimensions"]
     compared = any("trained_elbo" in row for row in summary["rows"])
     titles = f"{'sigma':>10}{'directions':>12}{'linear VAE [nats]':>20}{'nats/dim':>11}"
@@ -166,15 +167,17 @@ def table(summary: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     command.define_places()
-    flags.adopt_module_key_flags(command)  # --help lists them too
     defaults = Config()
-    flags.DEFINE_string("dataset", defaults.dataset, "toy, mnist, celeb_a, or another TFDS image data set")
-    flags.DEFINE_list("sigma", None, "sigmas of the table, separated by commas (default: 12 up to the critical one)")
-    flags.DEFINE_integer("image_size", None, "side to which celeb_a's images are scaled (default: 64)")
-    flags.DEFINE_bool("fake_data", defaults.fake_data, "synthetic images of the data set's shape")
-    flags.DEFINE_string(
-        "compare", None, "directory of a finished sigma_sweep of this data set: its F-VAEs stand beside"
-    )
+    with command.group("the table"):
+        flags.DEFINE_list("sigma", None, "sigmas of the rows (default: 12 up to the critical sigma)")
+        flags.DEFINE_string(
+            "compare", None, "folder of a finished sigma_sweep of this data set, whose F-VAEs the table shows as well"
+        )
+    with command.group("the data"):
+        flags.DEFINE_string("dataset", defaults.dataset, "toy, digits, mnist, celeb_a, or another TFDS image data set")
+        flags.DEFINE_integer("image_size", None, "side to which celeb_a's images are scaled (default: 64)")
+        flags.DEFINE_integer("levels", None, "number of grey levels, a power of 2, to which 8-bit images are reduced")
+        flags.DEFINE_bool("fake_data", defaults.fake_data, "synthetic images of the data set's shape")
 
 
 def main() -> None:

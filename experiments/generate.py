@@ -65,7 +65,8 @@ def run(
     if not 0 <= key_seed < 2**31:
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
     members = choose(summary["members"], variants, sigmas, seeds or (config.seed,))
-    given = read_images(images, shape) if images else None
+    levels = datasets.grey_levels(config.dataset, levels=config.levels)
+    given = read_images(images, shape, levels=levels) if images else None
     groups = {member["group"]: member["variant"] for member in members}
     weights = {group: restore(path, config, group, variant, shape) for group, variant in groups.items()}
     record = {
@@ -80,7 +81,7 @@ def run(
     }
     claim(folder, record)
 
-    key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given)
+    key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=make_vae(config, variant, shape), num_samples=num_samples))
         for variant in groups.values()
@@ -145,12 +146,12 @@ def choose(
     ]
 
 
-def read_images(sources: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int | None = 256) -> np.ndarray:
     """The examples in .npy, PNG and JPEG files, and in folders of PNG and JPEG files by name, in storage form [N, *S]:
-    uint8 images, or float32 points.
+    uint8 images of grey levels 0 to `levels` - 1, or float32 points.
 
     Raises:
-      command.UsageError: one cannot be read, or its examples are none for a model of this shape.
+      command.UsageError: a file cannot be read, or its examples have the wrong shape or grey levels for this model.
     """
     files: list[Path] = []
     for source in sources:
@@ -162,7 +163,13 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
             files += found
         else:
             files.append(path)
-    return np.concatenate([read_file(file, shape) for file in files])
+    examples = [read_file(file, shape) for file in files]
+    for file, value in zip(files, examples, strict=True):
+        if levels is not None and value.max() >= levels:
+            raise command.UsageError(
+                f"--images={file}: has a pixel of {value.max()}, give grey levels from 0 to {levels - 1}"
+            )
+    return np.concatenate(examples)
 
 
 def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -302,20 +309,20 @@ def panels(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> dict[str, t
 
 
 def define_flags() -> None:
-    flags.adopt_module_key_flags(command)  # --help lists them too
-    flags.DEFINE_string("run_dir", None, "a finished run of experiments.sigma_sweep", allow_override=True)
-    flags.DEFINE_string("out", None, "folder to write into, new or empty (default: RUN_DIR/generated)")
-    flags.DEFINE_list("variant", [], "variants of the run, separated by commas (default: all)")
-    flags.DEFINE_list("sigma", [], "sigmas of the run's F-VAEs, separated by commas (default: all)")
-    flags.DEFINE_list("seed", [], "seeds of the run, separated by commas (default: its first)")
-    flags.DEFINE_list(
-        "images",
-        [],
-        "what to reconstruct: a folder or files, separated by commas; images, of the run's size, as PNG, JPEG or uint8 "
-        ".npy [N, H, W, C], points as .npy [N, 2]",
-    )
-    flags.DEFINE_integer("num_samples", 64, "draws from each model; figures show no more than 64 images")
-    flags.DEFINE_integer("key_seed", 0, "of all random draws")
+    with command.group("what to generate"):
+        flags.DEFINE_string("run_dir", None, "a finished run of experiments.sigma_sweep", allow_override=True)
+        flags.DEFINE_string("out", None, "folder to write into, new or empty (default: RUN_DIR/generated)")
+        flags.DEFINE_list("variant", [], "variants of the run, separated by commas (default: all)")
+        flags.DEFINE_list("sigma", [], "sigmas of the run's F-VAEs, separated by commas (default: all)")
+        flags.DEFINE_list("seed", [], "seeds of the run, separated by commas (default: its first)")
+        flags.DEFINE_list(
+            "images",
+            [],
+            "what to reconstruct: a folder or files, separated by commas; images of the run's size as PNG, JPEG or "
+            "uint8 .npy [N, H, W, C], points as .npy [N, 2]",
+        )
+        flags.DEFINE_integer("num_samples", 64, "draws from each model; figures show no more than 64 images")
+        flags.DEFINE_integer("key_seed", 0, "of all random draws")
 
 
 def main() -> None:

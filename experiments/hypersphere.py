@@ -235,18 +235,18 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
-    flags.adopt_module_key_flags(command)  # --help lists them too
     defaults = Config()
-    flags.DEFINE_list("dims", list(map(str, defaults.dims)), "dimensions n of the spaces that hold the spheres")
-    flags.DEFINE_list(
-        "sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs in units of the critical one, R / sqrt(n)"
-    )
-    flags.DEFINE_float("radius", defaults.radius, "radius R of the spheres")
-    flags.DEFINE_integer("num_seeds", defaults.num_seeds, "training runs for each sphere and sigma")
-    flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
-    flags.DEFINE_integer("num_steps", defaults.num_steps, "gradient steps; 0 draws the exact figures alone")
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "points in each step")
-    flags.DEFINE_integer("latent_size", defaults.latent_size, "dimensions of z (default: n - 1)")
+    with command.group("the experiment"):
+        flags.DEFINE_list("dims", list(map(str, defaults.dims)), "dimensions n of the spaces that hold the spheres")
+        flags.DEFINE_list(
+            "sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs in units of the critical one, R / sqrt(n)"
+        )
+        flags.DEFINE_float("radius", defaults.radius, "radius R of the spheres")
+        flags.DEFINE_integer("num_seeds", defaults.num_seeds, "training runs for each sphere and sigma")
+        flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
+        flags.DEFINE_integer("num_steps", defaults.num_steps, "gradient steps; 0 draws the exact figures alone")
+        flags.DEFINE_integer("batch_size", defaults.batch_size, "points in each step")
+        flags.DEFINE_integer("latent_size", defaults.latent_size, "dimensions of z (default: n - 1)")
 
 
 def main() -> None:

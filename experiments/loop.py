@@ -183,7 +183,7 @@ def compile_programs(
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Pictures:
             vae, key, prior_key = make_vae(sigma), *jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
             # The posterior's mean would not do: in many dimensions it lies where no draw ever is.
-            terms = vae_lib.elbo(example_keys(key, jnp.arange(len(x))), vae, params, to_float(x))
+            terms = vae_lib.elbo(example_keys(key, jnp.arange(len(x))), vae, params, to_float(x, levels=dataset.levels))
             samples, means, _ = vae_lib.generate(prior_key, vae, params, num_samples=len(x))
             return Pictures(terms.mean, terms.stddev, samples, means)
 
@@ -247,6 +247,7 @@ def fit(
     states, record = start(run_dir, group, programs, num_steps=num_steps)
     step, num_members, devices = int(states.step[0]), len(group.seeds), programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
+    bar.initial += step * num_members  # steps of an earlier process say nothing about the rate
     bar.update(step * num_members)
     if step == num_steps:
         return states, record

@@ -23,7 +23,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from experiments import command, generate, report, sigma_sweep
-from lvae_jax import datasets, evaluation, generation, images, networks, runs
+from lvae_jax import datasets, evaluation, generation, networks, runs
 from lvae_jax import vae as vae_lib
 
 Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
@@ -46,6 +46,7 @@ def train_classifier(
     images: UInt8[np.ndarray, "N H W C"],
     labels: Int[np.ndarray, " N"],
     *,
+    levels: int | None = 256,
     num_steps: int = 1000,
     batch_size: int = 128,
     learning_rate: float = 2e-3,
@@ -71,7 +72,7 @@ def train_classifier(
     def train_step(state: tuple[Any, Any], step: Array, images: Array, labels: Array) -> tuple[Any, Any]:
         params, opt_state = state
         index = jax.random.randint(jax.random.fold_in(batch_key, step), (batch_size,), 0, len(images))
-        gradients = jax.grad(loss)(params, datasets.to_float(images[index]), labels[index])
+        gradients = jax.grad(loss)(params, datasets.to_float(images[index], levels=levels), labels[index])
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
@@ -110,7 +111,7 @@ def run(
     manual_dir: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Scores a finished run of `sigma_sweep` on TFDS images with labels, or reports its scores again; returns what
+    """Scores a finished run of `sigma_sweep` on images with labels, or reports its scores again; returns what
     RUN/quality.json holds.
 
     Raises:
@@ -124,7 +125,7 @@ def run(
     config, summary = generate.read_run(path)
     if config.dataset == "toy" or config.fake_data:
         what = "of the toy" if config.dataset == "toy" else "with --fake_data"
-        raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like mnist")
+        raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / "quality.json"
     if file.exists():
         quality = runs.read_json(file)
@@ -136,15 +137,18 @@ def run(
         echo(table(quality))
         return quality
     places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir}
-    train_labels, test_labels = images.tfds_labels(config.dataset, **places)
+    train_labels, test_labels = datasets.labels(config.dataset, **places)
     dataset = datasets.load(config.dataset, **sigma_sweep.data_options(config), **places)
     drawn = generators(path, config, summary)
 
-    classifier = train_classifier(jax.random.key(0), dataset.train, train_labels, num_steps=classifier_steps)
-    test = np.asarray(datasets.to_float(dataset.test))
+    to_float = functools.partial(datasets.to_float, levels=dataset.levels)
+    classifier = train_classifier(
+        jax.random.key(0), dataset.train, train_labels, levels=dataset.levels, num_steps=classifier_steps
+    )
+    test = np.asarray(to_float(dataset.test))
     against_test = functools.partial(score, classifier.features, classifier.features(test))
     rows: list[dict[str, Any]] = [
-        {"row": "training images"} | against_test(np.asarray(datasets.to_float(dataset.train[: len(test)])))
+        {"row": "training images"} | against_test(np.asarray(to_float(dataset.train[: len(test)])))
     ]
     for title, part in report.by_row(summary["members"]).items():
         pairs = [drawn[member["group"]](len(test)) for member in part]
@@ -200,7 +204,7 @@ def generators(
 
 
 def table(quality: dict[str, Any]) -> str:
-    """The scores for people."""
+    """The scores as a table with a note."""
     several = quality["num_seeds"] > 1
 
     def cell(row: dict[str, Any], name: str, form: str) -> str:
@@ -222,8 +226,8 @@ def table(quality: dict[str, Any]) -> str:
 
 def define_flags() -> None:
     command.define_places(celeba=False)
-    flags.adopt_module_key_flags(command)  # --help lists them too
-    flags.DEFINE_integer("classifier_steps", 1000, "gradient steps of the classifier, 128 images each")
+    with command.group("the classifier"):
+        flags.DEFINE_integer("classifier_steps", 1000, "gradient steps of the classifier, 128 images each")
 
 
 def main() -> None:

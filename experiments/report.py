@@ -22,6 +22,7 @@ VARIANTS = {
     "geometric": "annealed F-VAE",
     "kl_warmup": "F*-VAE, KL warm-up",
 }
+COLOURS = dict(zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=False))  # one for a variant in all figures
 FOLLOWING = ("f_star", "replay", "geometric", "kl_warmup")  # take their sigma from the LS-VAE of the same seed
 SCHEDULED = ("replay", "geometric")  # have a sigma for each step
 CONSTANT = ("f", "f_star", "kl_warmup")  # have one sigma
@@ -36,9 +37,11 @@ def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return rows
 
 
-def row(members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any) -> dict[str, Any]:
-    """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one); `kind` is
-    that of `evaluation.rate`, or "points" in the plane."""
+def row(
+    members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any, levels: int | None = None
+) -> dict[str, Any]:
+    """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one). `kind`
+    and `levels` are those of `evaluation.rate`, or "points" and None."""
     elbos = [member["elbo"] for member in members]
     numbers = [name for name, value in members[0].items() if isinstance(value, int | float) and name != "seed"]
     mean = {name: float(np.mean([member[name] for member in members])) for name in numbers if name != "member"}
@@ -52,9 +55,9 @@ def row(members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any) -
     if kind != "discretised":
         result["elbo_paper"] = evaluation.paper_elbo(mean["elbo"], shape)
     if kind in ("density", "dequantised", "discretised"):
-        result |= evaluation.rate(mean["elbo"], shape, kind=kind)._asdict()
+        result |= evaluation.rate(mean["elbo"], shape, kind=kind, levels=levels or 256)._asdict()
         if "importance_bound" in mean:
-            rate = evaluation.rate(mean["importance_bound"], shape, kind=kind)
+            rate = evaluation.rate(mean["importance_bound"], shape, kind=kind, levels=levels or 256)
             result["importance_bits_per_dimension"] = rate.bits_per_dimension
     return result
 
@@ -83,8 +86,15 @@ def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> Non
             row["sigma_gap"] = [-theory.toy_entropy() - high, -theory.toy_entropy() - low]
 
 
+def line(title: str, row: Mapping[str, Any]) -> str:
+    """A row in one line, for those who wait for the table."""
+    cells = _cells(row)
+    sigma = "" if row["variant"] == "f" else f", sigma = {cells['sigma']}"
+    return f"{title}{sigma}: ELBO {cells['ELBO [nats]'].strip()} nats, KL {cells['KL']}; {row['diagnosis']}"
+
+
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for people."""
+    """The summary as a table with notes."""
     lines = [_cells(row) for row in summary["rows"]]
     titles = list(dict.fromkeys(title for line in lines for title in line))
     widths = [max(len(title), *(len(line.get(title, "")) for line in lines)) + 2 for title in titles]
@@ -102,23 +112,23 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     cells = {
         "": VARIANTS[row["variant"]],
         "sigma": f"{row['sigma']:.4g}",
-        "best": f"{row['best_sigma']:.4g}",
+        "best sigma": f"{row['best_sigma']:.4g}",
         "ELBO [nats]": f"{row['elbo']:.4f}" + (f" +- {row['elbo_sd']:<6.4f}" if row["num_seeds"] > 1 else ""),
     }
     if "elbo_paper" in row:
-        cells["in the paper"] = f"{row['elbo_paper']:.4f}"
+        cells["paper's ELBO"] = f"{row['elbo_paper']:.4f}"
     cells |= {"log p(x|z)": f"{row['log_likelihood']:.4f}", "KL": f"{row['kl']:.4f}"}
-    cells["active"] = f"{row['active_units']:.4g}"
+    cells["active units"] = f"{row['active_units']:.4g}"
     if "importance_bound" in row:
         cells["IW bound"] = f"{row['importance_bound']:.4f}"
     if "gap" in row:
         cells["gap"] = f"{row['gap']:.4f}"
     if "sigma_gap" in row:
-        cells["sigma's"] = f"{row['sigma_gap'][0]:.3f}"
+        cells["due to sigma"] = f"{row['sigma_gap'][0]:.3f}"
     if "model_gap" in row:
-        cells |= {"model's": f"{row['model_gap']:.4f}", "posterior's": f"{row['posterior_gap']:.4f}"}
+        cells |= {"to model": f"{row['model_gap']:.4f}", "to posterior": f"{row['posterior_gap']:.4f}"}
     if "sharpness" in row:
-        cells |= {"sharp": f"{row['sharpness']:.3f}", "noise": f"{row['sample_noise']:.4f}"}
+        cells |= {"sharpness": f"{row['sharpness']:.3f}", "sample noise": f"{row['sample_noise']:.4f}"}
     if "bits_per_dimension" in row:
         cells |= {"nats/dim": f"{row['nats_per_dimension']:.4f}", "bits/dim": f"{row['bits_per_dimension']:.4f}"}
     if "importance_bits_per_dimension" in row:
@@ -129,44 +139,50 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
     first, n = summary["rows"][0], summary["num_dimensions"]
     seeds = first["num_seeds"]
-    spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "of one seed"
+    spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    levels = summary.get("levels") or 256  # runs from before the number was recorded have 8 bits
     notes = [
         f"ELBO = log p(x|z) - KL, in nats, higher is better: {spread}, on {summary['num_test_examples']} test "
-        "examples. sigma: final, mean over seeds (LV-VAE: and dimensions); best: the root mean squared error, its "
-        f"closed form for these reconstructions. Both in the unit {summary['unit']}. active: latent dimensions in use, "
-        f"of {summary['latent_size']}."
+        "examples. sigma: the final one, mean over seeds (LV-VAE: and dimensions). best sigma: the root mean squared "
+        f"error, which is optimal for these reconstructions. Both in the unit {summary['unit']}. active units: latent "
+        f"dimensions in use, out of {summary['latent_size']}."
     ]
-    if "in the paper" in titles:
-        notes.append(f"The paper leaves out a constant of the density: its ELBO is higher by (n/2) log 2 pi, n = {n}.")
+    if "paper's ELBO" in titles:
+        notes.append(f"The paper drops the density's constant (n/2) log 2 pi, n = {n}: its ELBO is higher by that.")
     if "IW bound" in titles:
         notes.append(f"IW bound: importance-weighted, with {summary['num_importance_samples']} draws.")
     if "gap" in titles:
         notes.append(
-            f"gap: log p(x), exact, less the ELBO; no model beats -H(x) = {-summary['entropy']:.4f} nats on average. "
-            "sigma's: what it costs any networks, however strong, that this sigma is one fixed number, at least."
+            f"gap: the exact log p(x) minus the ELBO. No model exceeds -H(x) = {-summary['entropy']:.4f} nats on "
+            "average. due to sigma: the part of the gap that no networks can close at this one fixed sigma, at least."
         )
-    if "model's" in titles:
+    if "to model" in titles:
         notes.append(
-            "model's: KL from the true density to the model's; posterior's: log p(x) of the model less the ELBO; both "
-            f"on {summary['num_evidence_examples']} examples."
+            "The gap is also the sum of two parts, on "
+            f"{summary['num_evidence_examples']} examples. to model: the KL from the true density to the model's. to "
+            "posterior: the model's log p(x) minus the ELBO."
         )
-    if "sharp" in titles:
+    if "sharpness" in titles:
         notes.append(
-            "sharp: Laplacian energy of reconstructions by that of the originals, 1 if as sharp; noise: root mean "
-            f"square distance of generated samples from their means; both of {min(100, summary['num_test_examples'])} "
-            "images."
+            "sharpness: Laplacian energy of reconstructions divided by that of the originals; 1 is as sharp. sample "
+            "noise: root mean square distance between generated samples and their means. Both use "
+            f"{min(100, summary['num_test_examples'])} images."
         )
     if "bits/dim" in titles and not first["is_code"]:
         notes.append(
-            "These are densities at the pixel values k/255, not likelihoods of images: no code has more than n ln 256 "
-            f"= {first['bound']:.1f} nats, and bits/dim = (n ln 256 - ELBO) / (n ln 2) is no length of a code. For one "
-            "use --dequantize or --discretise."
+            f"These are densities at the pixel values k/{levels - 1}, not likelihoods of images. No model of these "
+            f"images can have an ELBO above n ln {levels} = {first['bound']:.1f} nats as a likelihood, and bits/dim = "
+            f"(n ln {levels} - ELBO) / (n ln 2) is not a code length here. Use --dequantize or --discretise to get one."
         )
     elif "bits/dim" in titles:
-        notes.append("bits/dim: a bound on the length of a code for the 8-bit values; 8 for uniform noise.")
-    if "bits/dim" in titles and "in the paper" not in titles:
         notes.append(
-            "Here sigma is that of the Gaussian before rounding, and best, from means clipped to [0, 1], no optimum."
+            f"bits/dim: a bound on the code length of the {levels} grey levels; uniform noise has "
+            f"{math.log2(levels):.4g}."
+        )
+    if "bits/dim" in titles and "paper's ELBO" not in titles:
+        notes.append(
+            "sigma belongs to the Gaussian before rounding. best sigma uses means clipped to [0, 1]: it is not optimal "
+            "here."
         )
     return [textwrap.fill(note, 118) for note in notes]
 
@@ -191,7 +207,10 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
     drawings = {
         "samples": draw_panels(panels, unit=summary["unit"]),
         "losses": figures.losses(all_curves),
-        "sigma": figures.sigma_and_elbo(learned or all_curves, unit=summary["unit"]),
+        # Where all models are F-VAEs, colours tell their sigmas apart.
+        "sigma": figures.sigma_and_elbo(
+            learned or all_curves, unit=summary["unit"], colours=COLOURS if learned else None
+        ),
         "elbo": _elbo_against_sigma(summary),
     }
     for name, figure in drawings.items():
@@ -226,4 +245,5 @@ def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
         limits=np.array(limited).reshape(-1, 2).T,
         bound=-summary["entropy"] if "entropy" in summary else None,
         unit=summary["unit"],
+        colours=COLOURS,
     )

@@ -4,8 +4,8 @@
 
 trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves
 metrics, checkpoints, figures and summary.json in a directory below runs/. The same command resumes an interrupted run,
-and reports a finished one again. It takes some two minutes on two CPU cores; expect ELBOs of about -0.90, -0.75 and
--0.48 nats.
+and reports a finished one again. It takes from one and a half to ten minutes on two CPU cores; expect ELBOs of about
+-0.90, -0.75 and -0.48 nats.
 """
 
 import functools
@@ -57,6 +57,7 @@ class Config(NamedTuple):
     num_importance_samples: int = 0
     evidence: bool = False
     image_size: int | None = None
+    levels: int | None = None
     flip: bool = False
     dequantize: bool = False
     discretise: bool = False
@@ -66,21 +67,22 @@ class Config(NamedTuple):
 
 # The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
 IMAGE_DEFAULTS: dict[str, Any] = {"num_steps": 600, "latent_size": 256, "widths": (32, 64, 64), "num_blocks": 4}
+DIGITS_DEFAULTS: dict[str, Any] = {"num_steps": 1000, "latent_size": 16, "widths": (16, 32), "num_blocks": 1}
 CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
 CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
 
 def configure(**values: Any) -> Config:
-    """The config of these values, and of the data set's defaults for what is not given or None."""
+    """The config of these values, with the data set's defaults for those that are missing or None."""
     given = {name: value for name, value in values.items() if value is not None}
     name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
-    defaults = {"toy": {}, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
+    defaults = {"toy": {}, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
     return Config(**defaults | given)
 
 
 def data_options(config: Config) -> dict[str, Any]:
-    """The fields that say how `datasets.load` is to make the examples."""
-    return {name: getattr(config, name) for name in ("image_size", "flip", "dequantize", "fake_data")}
+    """The fields that `datasets.load` takes."""
+    return {name: getattr(config, name) for name in ("image_size", "levels", "flip", "dequantize", "fake_data")}
 
 
 def run(
@@ -107,17 +109,17 @@ def run(
         record = imported_record(config, path)
         dataset = loop.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
         runs.make_run(path, config._asdict())
-        return train_all(config, path, dataset, record)
+        return train_all(config, path, dataset, record, echo)
 
     name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
     return command.run(config, name, run_dir, compute=compute, table=report.table, echo=echo)
 
 
 def check(config: Config, **places: Any) -> None:
-    """Returns if the config can be run on the data in `places`, the folders that `datasets.load` takes.
+    """Raises if the config cannot be run on the data in `places`, the folders that `datasets.load` takes.
 
     Raises:
-      command.UsageError, datasets.DatasetError: it cannot.
+      command.UsageError, datasets.DatasetError: the message, one line, names the fix.
     """
     for sigma in config.sigma:
         if not 1e-15 < sigma < 1e15:  # squares have to fit into float32
@@ -210,17 +212,18 @@ def make_vae(
     sigma: Any,
     *,
     gain: float = likelihoods.GAIN,
+    levels: int | None = 256,
     discretise: bool = False,
     **network: Any,
 ) -> vae_lib.VAE:
     """The paper's networks for data of this shape, under the variant's observation model.
 
     `sigma` is a number or, for the scheduled variants, one for each step; `gain` is that of
-    `likelihoods.learned_vector`. On images no learned sigma goes below the noise of quantisation. `network` are options
-    of both networks.
+    `likelihoods.learned_vector`. `levels` is the number of grey levels of images, on which no learned sigma goes below
+    the noise of quantisation; None for points. `network` are options of both networks.
     """
     images = len(shape) == 3
-    floor = {"floor": likelihoods.QUANTISATION_NOISE} if images else {}
+    floor = {"floor": likelihoods.quantisation_noise(levels)} if images and levels is not None else {}
     if variant in CONSTANT:
         likelihood = likelihoods.fixed(sigma)
     elif variant in SCHEDULED:
@@ -229,8 +232,8 @@ def make_vae(
         likelihood = likelihoods.learned_vector(sigma, gain=gain, **floor)
     else:
         likelihood = likelihoods.HEADS[variant](sigma, **floor)
-    if discretise:
-        likelihood = likelihoods.discretised(likelihood)
+    if discretise and levels is not None:
+        likelihood = likelihoods.discretised(likelihood, levels=levels)
     encoder = networks.conv_encoder if images else networks.mlp_encoder
     decoder = networks.conv_decoder if images else networks.mlp_decoder
     return vae_lib.VAE(
@@ -245,7 +248,8 @@ def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any
     """What makes the variant's model of the config, for data of this shape, of its sigma."""
     network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
-    head: dict[str, Any] = {"gain": config.gain, "discretise": config.discretise}
+    levels = datasets.grey_levels(config.dataset, levels=config.levels)
+    head: dict[str, Any] = {"gain": config.gain, "levels": levels, "discretise": config.discretise}
     return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
 
 
@@ -278,8 +282,11 @@ def half_way(config: Config) -> int:
     return max(1, config.num_steps // 2)
 
 
-def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None) -> dict[str, Any]:
-    """Trains and evaluates every variant and draws the figures; returns the summary.
+def train_all(
+    config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None, echo: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains and evaluates every variant, echoes its results when it is done, and draws the figures; returns the
+    summary.
 
     `record` is sigma(t) of LS runs elsewhere; those of this sweep take its place, and are written to ls_sigma.npy.
     """
@@ -306,29 +313,39 @@ def train_all(config: Config, path: Path, dataset: datasets.Dataset, record: np.
                 loop.start(path, group, programs[variant], num_steps=config.num_steps)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
+    rows: list[dict[str, Any]] = []
+    kind = "points" if dataset.levels is None else "density"
+    kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
     quiet = jax.process_index() != 0
     total = num_members * config.num_steps
-    with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, disable=quiet) as bar:
+    # smoothing=0: the time that is left follows from the mean rate, in which every variant's compilation counts.
+    with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0, disable=quiet) as bar:
         for variant in order:
             bar.set_description(VARIANTS[variant])
-            records = []
+            records: list[np.ndarray] = []
+            of_variant: list[dict[str, Any]] = []
             for group in groups(config, variant, record, alone=alone):
                 states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
                 of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset)
                 sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
-                members += of_group
+                of_variant += of_group
                 panels += [panel for seed, panel in zip(group.seeds, its_panels, strict=True) if seed == config.seed]
             if variant == "ls":
                 record = np.concatenate(records)
                 keep_record(path, record)
-    kind = "points" if config.dataset == "toy" else "density"
-    kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
+            members += of_variant
+            for title, part in report.by_row(of_variant).items():
+                rows.append(report.row(part, dataset.shape, kind=kind, levels=dataset.levels))
+                if not quiet:
+                    with tqdm.tqdm.external_write_mode():
+                        echo(report.line(title, rows[-1]))
     summary: dict[str, Any] = {
-        "rows": [report.row(part, dataset.shape, kind=kind) for part in report.by_row(members).values()],
+        "rows": rows,
         "members": members,
         "dataset": config.dataset,
         "shape": list(dataset.shape),
+        "levels": dataset.levels,
         "kind": kind,
         "num_dimensions": math.prod(dataset.shape),
         "latent_size": config.latent_size,
@@ -385,7 +402,7 @@ def evaluate(
         columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
     images = len(dataset.shape) == 3
     shown = dataset.test[: 100 if images else 1000]
-    data = np.asarray(datasets.to_float(shown))
+    data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
     pictures = jax.device_get(programs.pictures(group.seeds, group.sigmas, states, shown))
     originals = jnp.asarray(data)
     if images and evaluation.laplacian_energy(originals).any():  # images without any detail have no sharpness
@@ -425,113 +442,107 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
 
 
 def define_flags() -> None:
-    command.define_places()
-    flags.adopt_module_key_flags(command)  # --help lists them too
     defaults = Config()
-    flags.DEFINE_list(
-        "sigma",
-        [str(sigma) for sigma in defaults.sigma],
-        "sigma of the F-VAEs in units of the data: one value or several, separated by commas",
-    )
-    flags.DEFINE_list(
-        "variants",
-        list(defaults.variants),
-        f"what to compare, separated by commas: {', '.join(f'{k} ({v})' for k, v in VARIANTS.items())}",
-    )
-    flags.DEFINE_string(
-        "dataset",
-        defaults.dataset,
-        "toy, mnist, celeb_a, or another TFDS image data set with train and test splits, by its TFDS name",
-    )
-    flags.DEFINE_integer(
-        "image_size",
-        None,
-        f"side to which celeb_a's images are scaled, from 8 to 148 (default: {CELEBA_DEFAULTS['image_size']})",
-    )
-    flags.DEFINE_bool("flip", defaults.flip, "mirror training images left to right at random")
-    flags.DEFINE_bool(
-        "dequantize",
-        defaults.dequantize,
-        "spread 8-bit pixels k over (k + u) / 256, u uniform on [0, 1), in training and evaluation: a density in nats "
-        "then bounds the image's log probability once n ln 256 is taken off",
-    )
-    flags.DEFINE_bool(
-        "discretise",
-        defaults.discretise,
-        "probabilities of the 256 values of a pixel in place of a density: the ELBO bounds the image's log probability",
-    )
-    flags.DEFINE_bool(
-        "fake_data", defaults.fake_data, "synthetic images of the data set's shape: no network, no files, no TensorFlow"
-    )
-    flags.DEFINE_integer(
-        "num_seeds", defaults.num_seeds, "training runs for each variant and sigma; figures show the first"
-    )
-    flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
-    flags.DEFINE_integer(
-        "num_steps", None, f"gradient steps (default: {defaults.num_steps}; for images {IMAGE_DEFAULTS['num_steps']})"
-    )
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "examples in each step")
-    flags.DEFINE_integer(
-        "latent_size",
-        None,
-        f"dimensions of z (default: {defaults.latent_size}; for images {IMAGE_DEFAULTS['latent_size']}, for celeb_a "
-        f"{CELEBA_DEFAULTS['latent_size']})",
-    )
-    flags.DEFINE_list(
-        "widths",
-        None,
-        "units of the residual MLP's layers, one number, or channels of the convolutions, separated by commas "
-        f"(default: {defaults.widths[0]}; for images {','.join(map(str, IMAGE_DEFAULTS['widths']))}, for celeb_a "
-        f"{','.join(map(str, CELEBA_DEFAULTS['widths']))})",
-    )
-    flags.DEFINE_integer(
-        "num_blocks",
-        None,
-        f"residual blocks of the encoder, and of the decoder (default: {defaults.num_blocks}; for celeb_a "
-        f"{CELEBA_DEFAULTS['num_blocks']})",
-    )
-    flags.DEFINE_bool("bfloat16", defaults.bfloat16, "compute the networks, up to their last layers, in bfloat16")
-    flags.DEFINE_float("learning_rate", defaults.learning_rate, "of Adam; the largest, where it decays")
-    flags.DEFINE_bool("decay", defaults.decay, "lower the learning rate to zero by a half cosine")
-    flags.DEFINE_float(
-        "sigma_rate", defaults.sigma_rate, "of the LS-VAE's log sigma: its learning rate by that of the networks"
-    )
-    flags.DEFINE_float(
-        "clip_norm",
-        defaults.clip_norm,
-        "largest norm of a gradient, to which longer ones are scaled; a large number for no clipping",
-    )
-    flags.DEFINE_integer("warmup_steps", defaults.warmup_steps, "steps over which the learning rate rises from zero")
-    flags.DEFINE_float(
-        "ema_decay",
-        defaults.ema_decay,
-        "decay of the exponential moving average of the weights, which then is evaluated; 0 for none",
-    )
-    flags.DEFINE_float(
-        "gain",
-        defaults.gain,
-        "of the LV-VAE's log sigma on the decoder's output: how fast it learns against the mean",
-    )
-    flags.DEFINE_float(
-        "beta",
-        defaults.beta,
-        "weight of the KL in training (beta-VAE); results are always reported as ELBOs, with weight 1",
-    )
-    flags.DEFINE_string(
-        "sigma_from",
-        defaults.sigma_from,
-        f"run directory whose LS runs give {', '.join(FOLLOWING)} their sigma, instead of this run's own",
-    )
-    flags.DEFINE_integer(
-        "num_importance_samples",
-        defaults.num_importance_samples,
-        "draws of the importance-weighted bound, evaluated beside the ELBO; 0 for none",
-    )
-    flags.DEFINE_bool(
-        "evidence",
-        defaults.evidence,
-        "also log p(x) of the models on the toy, by quadrature over the latent plane: splits the gap to its density",
-    )
+    with command.group("the comparison"):
+        flags.DEFINE_list("sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs, in units of the data")
+        names = ", ".join(f"{name} ({title})" for name, title in VARIANTS.items())
+        flags.DEFINE_list("variants", list(defaults.variants), f"models to compare: {names}")
+        flags.DEFINE_string(
+            "sigma_from",
+            defaults.sigma_from,
+            f"folder of a run whose LS-VAEs give {', '.join(FOLLOWING)} their sigma, instead of this run's own",
+        )
+        flags.DEFINE_integer("num_seeds", defaults.num_seeds, "runs of each variant and sigma; figures show the first")
+        flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
+    with command.group("the data"):
+        flags.DEFINE_string(
+            "dataset",
+            defaults.dataset,
+            "toy, digits, mnist, celeb_a, or the TFDS name of another image data set with train and test splits",
+        )
+        flags.DEFINE_integer(
+            "image_size",
+            None,
+            f"side to which celeb_a's images are scaled, from 8 to 148 (default: {CELEBA_DEFAULTS['image_size']})",
+        )
+        flags.DEFINE_integer("levels", None, "number of grey levels, a power of 2, to which 8-bit images are reduced")
+        flags.DEFINE_bool("flip", defaults.flip, "mirror training images left to right at random")
+        flags.DEFINE_bool(
+            "fake_data", defaults.fake_data, "synthetic images of the data set's shape, to try the pipeline offline"
+        )
+    command.define_places()
+    with command.group("the likelihood of images"):
+        flags.DEFINE_bool(
+            "discretise",
+            defaults.discretise,
+            "give each grey level a probability instead of a density: the ELBO then bounds the log probability of the "
+            "image (also --discretize)",
+        )
+        flags.DEFINE_bool(
+            "dequantize",
+            defaults.dequantize,
+            "add uniform noise to the grey levels of the n pixels, in training and evaluation: ELBO - n log(levels) "
+            "then bounds the log probability of the image (also --dequantise)",
+        )
+    flags.DEFINE_alias("discretize", "discretise")
+    flags.DEFINE_alias("dequantise", "dequantize")
+    with command.group("the networks"):
+        flags.DEFINE_integer("latent_size", None, f"dimensions of z ({_defaults('latent_size')})")
+        flags.DEFINE_list(
+            "widths",
+            None,
+            "units of the layers of the residual MLP, one number; for images, channels of each convolution "
+            f"({_defaults('widths')})",
+        )
+        flags.DEFINE_integer(
+            "num_blocks", None, f"residual blocks of the encoder and of the decoder ({_defaults('num_blocks')})"
+        )
+        flags.DEFINE_bool("bfloat16", defaults.bfloat16, "compute the networks, except their last layers, in bfloat16")
+    with command.group("the training"):
+        flags.DEFINE_integer("num_steps", None, f"gradient steps ({_defaults('num_steps')})")
+        flags.DEFINE_integer("batch_size", defaults.batch_size, "examples in each step")
+        flags.DEFINE_float("learning_rate", defaults.learning_rate, "peak learning rate of Adam")
+        flags.DEFINE_bool("decay", defaults.decay, "lower the learning rate to zero by a half cosine")
+        flags.DEFINE_integer("warmup_steps", defaults.warmup_steps, "steps in which the learning rate rises from zero")
+        flags.DEFINE_float(
+            "sigma_rate",
+            defaults.sigma_rate,
+            "learning rate of the LS-VAE's log sigma, as a multiple of the networks'",
+        )
+        flags.DEFINE_float(
+            "gain",
+            defaults.gain,
+            "factor of the decoder's output in the LV-VAE's log sigma, which sets its speed",
+        )
+        flags.DEFINE_float("clip_norm", defaults.clip_norm, "largest norm of a gradient; longer ones are scaled down")
+        flags.DEFINE_float(
+            "beta", defaults.beta, "weight of the KL in training (beta-VAE); results are ELBOs, with weight 1"
+        )
+        flags.DEFINE_float(
+            "ema_decay", defaults.ema_decay, "decay of the moving average of the weights that is evaluated; 0 for none"
+        )
+    with command.group("the evaluation"):
+        flags.DEFINE_integer(
+            "num_importance_samples",
+            defaults.num_importance_samples,
+            "draws of the importance-weighted bound on log p(x), evaluated beside the ELBO; 0 for none",
+        )
+        flags.DEFINE_bool(
+            "evidence",
+            defaults.evidence,
+            "compute log p(x) of the models on the toy by quadrature: splits the gap to the true density",
+        )
+
+
+def _defaults(name: str) -> str:
+    """The default of a field for each kind of data, in words."""
+
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    kinds = {"toy": "toy", "digits": "digits", "celeb_a": "celeb_a", "other images": "mnist"}
+    values = {kind: text(getattr(configure(dataset=dataset), name)) for kind, dataset in kinds.items()}
+    return "default: " + ", ".join(f"{value} for {kind}" for kind, value in values.items())
 
 
 def main() -> None:

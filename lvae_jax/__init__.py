@@ -16,7 +16,6 @@ from lvae_jax import theory
 from lvae_jax.datasets import dequantize, example_keys
 from lvae_jax.likelihoods import (
     HEADS,
-    QUANTISATION_NOISE,
     Likelihood,
     Schedule,
     constant,
@@ -26,6 +25,7 @@ from lvae_jax.likelihoods import (
     learned_scalar,
     learned_vector,
     optimal,
+    quantisation_noise,
     replay,
 )
 from lvae_jax.networks import Network, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
@@ -45,7 +45,6 @@ from lvae_jax.vae import (
 
 __all__ = [
     "HEADS",
-    "QUANTISATION_NOISE",
     "VAE",
     "Likelihood",
     "Network",
@@ -72,6 +71,7 @@ __all__ = [
     "mlp_encoder",
     "optimal",
     "optimizer",
+    "quantisation_noise",
     "reconstruct",
     "replay",
     "scores",

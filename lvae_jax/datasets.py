@@ -2,7 +2,7 @@
 
 A batch is a pure function of (seed, step) wherever and whenever it is asked for: `indices` names the examples on the
 host, `batch` makes them on the device. Examples are [B, *S] floats: points in the toy's own lengths, or pixels in [0,
-1], on the grid k/255 or dequantised. Images are kept as uint8.
+1], dequantised or on the grid k / (levels - 1). Images are kept as grey levels k, uint8.
 """
 
 import functools
@@ -21,6 +21,7 @@ from lvae_jax.images import DatasetError
 TEST_SIZE = 10_000  # of the streams
 TEST_SEED = 2**31 - 1  # apart from the seeds of training
 CELEBA_SIDES = range(8, images.CELEBA_CROP + 1)
+REDUCED_LEVELS = (2, 4, 8, 16, 32, 64, 128)  # of 8-bit images, by dropping low bits
 
 
 class Dataset(NamedTuple):
@@ -29,6 +30,7 @@ class Dataset(NamedTuple):
     Attributes:
       shape: *S, the shape of one example.
       unit: of the data and therefore of sigma, for people to read.
+      levels: the number of grey levels of images, 256 for 8 bits; None for points.
       train: what batches are gathered from: an array [N, *S] of all images in storage form, or None for a stream.
       test: [N, *S], the held-out examples, in storage form (uint8 images, float points).
       indices: (seed, step, batch_size) -> [B] int32, the examples of a training batch.
@@ -39,6 +41,7 @@ class Dataset(NamedTuple):
 
     shape: tuple[int, ...]
     unit: str
+    levels: int | None
     train: Any
     test: np.ndarray
     indices: Callable[[int, int, int], Int[np.ndarray, " B"]]
@@ -50,6 +53,7 @@ def load(
     name: str,
     *,
     image_size: int | None = None,
+    levels: int | None = None,
     flip: bool = False,
     dequantize: bool = False,
     fake_data: bool = False,
@@ -57,10 +61,12 @@ def load(
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
 ) -> Dataset:
-    """The data set called `name`: "toy", or a TFDS image data set, downloaded and prepared first if need be.
+    """The data set called `name`: "toy", "digits", or a TFDS image data set, downloaded and prepared first if need be.
 
     Args:
       image_size: side of CelebA's images, from 8 to 148; no other data set takes one.
+      levels: a power of 2 below 256, to which 8-bit images are reduced by dropping low bits, in memory; 32 makes the
+        5-bit CelebA of the literature on flows.
       flip, dequantize: of images, see `image_dataset`.
       fake_data: synthetic images of the data set's shape instead, see `images.fake_images`; nothing is read.
       data_dir, manual_dir: see `images.tfds_images`.
@@ -72,6 +78,7 @@ def load(
     check(
         name,
         image_size=image_size,
+        levels=levels,
         flip=flip,
         dequantize=dequantize,
         fake_data=fake_data,
@@ -81,7 +88,9 @@ def load(
     )
     if name == "toy":
         return toy_stream()
-    if fake_data:
+    if name == images.DIGITS:
+        train, test = images.digits_images()
+    elif fake_data:
         # No folder, so that it does not matter in which format one holds the real images.
         shape = (image_size, image_size, 3) if image_size is not None else images.tfds_shape(name, data_dir=os.devnull)
         train, test = images.fake_images(shape)
@@ -90,13 +99,36 @@ def load(
         train, test = images.celeba_images(celeba_dir, image_size=image_size, data_dir=data_dir)
     else:
         train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
-    return image_dataset(train, test, flip=flip, dequantized=dequantize)
+    if levels is not None:
+        train, test = (split // np.uint8(256 // levels) for split in (train, test))
+    return image_dataset(train, test, levels=grey_levels(name, levels=levels) or 256, flip=flip, dequantized=dequantize)
+
+
+def labels(
+    name: str, *, data_dir: str | None = None, manual_dir: str | None = None
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " M"]]:
+    """The classes, from 0 on, of the train and test images that `load` gives, in the same order.
+
+    Raises:
+      DatasetError: the data set has no labels, or cannot be had.
+    """
+    if name == images.DIGITS:
+        return images.digits_labels()
+    return images.tfds_labels(name, data_dir=data_dir, manual_dir=manual_dir)
+
+
+def grey_levels(name: str, *, levels: int | None = None) -> int | None:
+    """The number of grey levels of the data set that `load` gives for these arguments; None for points."""
+    if name == "toy":
+        return None
+    return images.DIGITS_LEVELS if name == images.DIGITS else levels or 256
 
 
 def check(
     name: str,
     *,
     image_size: int | None = None,
+    levels: int | None = None,
     flip: bool = False,
     dequantize: bool = False,
     fake_data: bool = False,
@@ -104,7 +136,7 @@ def check(
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
 ) -> None:
-    """Returns if `load` can be asked for this; neither loads nor writes anything.
+    """Raises if `load` would reject these arguments. Loads and writes nothing.
 
     Raises:
       DatasetError: the data set is unknown, its images have no fixed shape, `data_dir` holds it in another format, or
@@ -113,6 +145,7 @@ def check(
     celeba = name.partition(":")[0] == images.CELEBA
     asked = {
         "--image_size": image_size is not None,
+        "--levels": levels is not None,
         "--celeba_dir": celeba_dir is not None,
         "--flip": flip,
         "--dequantize": dequantize,
@@ -122,9 +155,17 @@ def check(
     for flag in ("--image_size", "--celeba_dir"):
         if asked[flag] and not celeba:
             raise DatasetError(f"{flag} is for CelebA: leave it out, or give --dataset={images.CELEBA}")
-    for flag in ("--flip", "--dequantize", "--fake_data"):
+    for flag in ("--levels", "--flip", "--dequantize", "--fake_data"):
         if asked[flag] and name == "toy":
             raise DatasetError(f"{flag} is for images: leave it out, or give an image data set as --dataset")
+    for flag in ("--levels", "--fake_data", "--manual_dir"):
+        if asked[flag] and name == images.DIGITS:
+            raise DatasetError(
+                f"{flag} is for 8-bit images that have to be downloaded, {images.DIGITS} come with scikit-learn: leave "
+                "it out, or give another --dataset"
+            )
+    if levels is not None and levels not in REDUCED_LEVELS:
+        raise DatasetError(f"--levels={levels}: must be one of {', '.join(map(str, REDUCED_LEVELS))}")
     sources = [flag for flag in ("--fake_data", "--celeba_dir", "--manual_dir") if asked[flag]]
     if len(sources) > 1:
         raise DatasetError(f"{' and '.join(sources)}: images come from one source, leave one flag out")
@@ -133,7 +174,7 @@ def check(
             f"--image_size={image_size}: must be from {CELEBA_SIDES[0]} to {CELEBA_SIDES[-1]}, "
             "CelebA's images are cropped to that"
         )
-    if name != "toy" and celeba_dir is None:
+    if name not in ("toy", images.DIGITS) and celeba_dir is None:
         images.tfds_shape(name, data_dir=os.devnull if fake_data else data_dir)
 
 
@@ -157,6 +198,7 @@ def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"
     return Dataset(
         shape=shape,
         unit=unit,
+        levels=None,
         train=None,
         test=np.asarray(sample(example_keys(jax.random.key(TEST_SEED), jnp.arange(TEST_SIZE)))),
         indices=lambda seed, step, batch_size: np.arange(batch_size, dtype=np.int32),
@@ -165,11 +207,14 @@ def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"
     )
 
 
-def image_dataset(train: np.ndarray, test: np.ndarray, *, flip: bool = False, dequantized: bool = False) -> Dataset:
+def image_dataset(
+    train: np.ndarray, test: np.ndarray, *, levels: int = 256, flip: bool = False, dequantized: bool = False
+) -> Dataset:
     """uint8 images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from
     (seed, epoch).
 
     Args:
+      levels: the number of grey levels, of which the images hold the indices k = 0, ..., levels - 1.
       flip: mirror each training image left to right with probability 1/2, drawn anew at every step.
       dequantized: `dequantize` the images of both splits, those of training anew at every step.
     """
@@ -190,7 +235,9 @@ def image_dataset(train: np.ndarray, test: np.ndarray, *, flip: bool = False, de
     def test_batch(
         examples: Array | np.ndarray, key: Key[Array, ""], indices: Int[Array, " B"]
     ) -> Float[Array, "B *S"]:
-        return dequantize(example_keys(key, indices), examples) if dequantized else to_float(examples)
+        if dequantized:
+            return dequantize(example_keys(key, indices), examples, levels=levels)
+        return to_float(examples, levels=levels)
 
     def batch(examples: Array | np.ndarray, key: Key[Array, ""], indices: Int[Array, " B"]) -> Float[Array, "B *S"]:
         flip_key, noise_key = jax.random.split(key)
@@ -202,6 +249,7 @@ def image_dataset(train: np.ndarray, test: np.ndarray, *, flip: bool = False, de
     return Dataset(
         shape=train.shape[1:],
         unit="pixel on [0, 1]",
+        levels=levels,
         train=train,
         test=test,
         indices=indices,
@@ -215,22 +263,26 @@ def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def to_float(x: Array | np.ndarray) -> Float[Array, "B *S"]:
-    """Examples in storage form as the model sees them: uint8 to the grid k/255 on [0, 1], floats unchanged."""
+def to_float(x: Array | np.ndarray, *, levels: int | None = 256) -> Float[Array, "B *S"]:
+    """Examples in storage form as the model sees them: grey levels k, uint8, to the grid k / (levels - 1) on [0, 1];
+    floats unchanged."""
     x = jnp.asarray(x)
-    return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
+    return x.astype(jnp.float32) / float((levels or 256) - 1) if x.dtype == jnp.uint8 else x
 
 
-def dequantize(keys: Key[Array, " B"], x: UInt8[Array, "B *S"] | UInt8[np.ndarray, "B *S"]) -> Float[Array, "B *S"]:
-    """8-bit images k spread over the cells that their values stand for: (k + u) / 256 on [0, 1), u uniform on [0, 1).
+def dequantize(
+    keys: Key[Array, " B"], x: UInt8[Array, "B *S"] | UInt8[np.ndarray, "B *S"], *, levels: int = 256
+) -> Float[Array, "B *S"]:
+    """Images of grey levels k, spread over the cells of the levels: (k + u) / levels on [0, 1), u uniform on [0, 1).
 
     A density p of the result, in nats on these units, gives the image k of n dimensions the probability of its cell, a
-    cube of volume 256^-n: P(k) = 256^-n E_u[p((k + u) / 256)], a distribution over images, and by Jensen's inequality
+    cube of volume L^-n with L = `levels`: P(k) = L^-n E_u[p((k + u) / L)]. That is a distribution over images, and by
+    Jensen's inequality
 
-      log P(k) >= E_u[log p((k + u) / 256)] - n ln 256    nats
+      log P(k) >= E_u[log p((k + u) / L)] - n ln L    nats
 
     (Theis et al., A note on the evaluation of generative models, ICLR 2016). An ELBO in place of log p keeps the bound.
-    u has 16 bits: k + u is then exact in float32, where one with more could round up to the next value.
+    u has 16 bits: k + u is then exact in float32; with more bits it could round up to the next level.
     """
     u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
-    return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / 256.0
+    return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / float(levels)

@@ -78,9 +78,8 @@ class Diagnostics(NamedTuple):
 
 
 def examine(key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[Array, " B"]) -> tuple[Scores, Details]:
-    """The scores [B] and the details, which `diagnostics` sums up, of the examples x [B, *S] in storage form (see
-    `datasets`); their global indices `index` [B] decide the draws of z."""
-    x = datasets.to_float(x)
+    """The scores [B] and the details, which `diagnostics` sums up, of the examples x [B, *S] as the model sees them;
+    their global indices `index` [B] decide the draws of z."""
     terms = vae_lib.elbo(datasets.example_keys(key, index), vae, params, x)
     return vae_lib.scores(terms, x), details(terms, x, floor=vae.likelihood.floor)
 
@@ -88,14 +87,14 @@ def examine(key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[
 def importance_score(
     key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[Array, " B"], *, num_samples: int
 ) -> Float[Array, " B"]:
-    """`vae.importance_bound` [B] in nats of the examples x [B, *S] in storage form; their global indices `index` [B]
-    decide the draws of z.
+    """`vae.importance_bound` [B] in nats of the examples x [B, *S] as the model sees them; their global indices `index`
+    [B] decide the draws of z.
 
     Raises:
       ValueError: num_samples is not positive.
     """
     keys = datasets.example_keys(key, index)
-    return vae_lib.importance_bound(keys, vae, params, datasets.to_float(x), num_samples=num_samples)
+    return vae_lib.importance_bound(keys, vae, params, x, num_samples=num_samples)
 
 
 def over_split(
@@ -139,12 +138,12 @@ def elbo_at(
 
 
 class Rate(NamedTuple):
-    """An ELBO of 8-bit data per dimension.
+    """An ELBO of data with grey levels, per dimension.
 
     Attributes:
-      nats_per_dimension: the ELBO by the number of dimensions, as it is: higher is better.
-      bits_per_dimension: of a code for the 8-bit values, lower is better; at 8, uniform noise.
-      bound: the largest ELBO in nats that any code could have.
+      nats_per_dimension: the ELBO divided by the number of dimensions; higher is better.
+      bits_per_dimension: of a code for the grey levels; lower is better, uniform noise has log2(levels).
+      bound: the largest ELBO in nats that a model of these data can have.
       is_code: whether bits_per_dimension bounds the length of a code from above. If not, it is a density in other
         units, a lower number is no shorter code, and below 0, where the ELBO exceeds `bound`, none could be.
     """
@@ -155,18 +154,22 @@ class Rate(NamedTuple):
     is_code: bool
 
 
-def rate(elbo: float, shape: Sequence[int], *, kind: Literal["density", "dequantised", "discretised"]) -> Rate:
-    """The rate of an ELBO in nats of examples of `shape` with n dimensions, each of the values k = 0, ..., 255.
+def rate(
+    elbo: float, shape: Sequence[int], *, kind: Literal["density", "dequantised", "discretised"], levels: int = 256
+) -> Rate:
+    """The rate of an ELBO in nats of examples of `shape` with n dimensions, each a grey level k = 0, ..., L - 1; L is
+    `levels`.
 
     | kind | the ELBO bounds | bits per dimension | bound |
     |---|---|---|---|
-    | density | log p(x), x = k/255 | (n ln 256 - ELBO) / (n ln 2), no code | n ln 256; 4347.4 for MNIST |
-    | dequantised | E_u log p(x), x = (k + u)/256, u uniform on [0, 1) | the same | n ln 256 |
+    | density | log p(x), x = k / (L - 1) | (n ln L - ELBO) / (n ln 2), no code | n ln L; 4347.4 for MNIST |
+    | dequantised | E_u log p(x), x = (k + u) / L, u uniform on [0, 1) | the same | n ln L |
     | discretised | log P(k), of a `likelihoods.discretised` head | -ELBO / (n ln 2) | 0 |
 
-    A bin of x has the volume 256^-n. By Jensen's inequality log P(k) = log E_u p(x) - n ln 256 >= E_u log p(x) - n ln
-    256 (Theis et al., A note on the evaluation of generative models, ICLR 2016, 3.1), P(k) the integral of p over the
-    bin of k. A density at the points k/255 alone bounds nothing: narrow peaks there make it as large as one likes.
+    A bin of x has the volume L^-n. By Jensen's inequality log P(k) = log E_u p(x) - n ln L >= E_u log p(x) - n ln L
+    (Theis et al., A note on the evaluation of generative models, ICLR 2016, 3.1), where P(k) is the integral of p over
+    the bin of k. A density at the points k / (L - 1) alone bounds nothing: narrow peaks there make it as large as one
+    likes.
 
     >>> round(rate(-800.0, (28, 28, 1), kind="discretised").bits_per_dimension, 3)
     1.472
@@ -175,14 +178,16 @@ def rate(elbo: float, shape: Sequence[int], *, kind: Literal["density", "dequant
     (4347.4, False)
 
     Raises:
-      ValueError: an ELBO of probabilities is above 0, or `kind` is unknown.
+      ValueError: an ELBO of probabilities is above 0, `kind` is unknown, or `levels` is below 2.
     """
     n = math.prod(shape)
     if kind not in ("density", "dequantised", "discretised"):
         raise ValueError(f"kind must be density, dequantised or discretised, got {kind!r}")
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
     if kind == "discretised" and elbo > 0.0:
         raise ValueError(f"an ELBO of probabilities cannot be positive, got {elbo}: is it of a density?")
-    bound = 0.0 if kind == "discretised" else n * math.log(256.0)
+    bound = 0.0 if kind == "discretised" else n * math.log(levels)
     return Rate(elbo / n, (bound - elbo) / (n * math.log(2.0)), bound, is_code=kind != "density")
 
 
@@ -222,12 +227,12 @@ def diagnostics(details: Details) -> Diagnostics:
 
 
 def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
-    """One model's diagnostics in plain words, on one line: "healthy", or everything that is wrong.
+    """One model's diagnostics in plain words, on one line: "calibrated", or everything that is wrong.
 
     In this order: a value that is not finite; posterior collapse, no active unit; sigma at its floor in more than 5 %
     of the dimensions; overconfident or underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by
-    more than 0.1 stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. Of a
-    `discretised` head the residuals, which are from its clipped mean, are not judged: they say little of probabilities.
+    more than 0.1 stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The
+    residuals of a `discretised` head are skipped: they use its clipped mean and say little about its probabilities.
     """
     if not all(np.isfinite(field).all() for field in diagnostics):
         return "diverged: a diagnostic is not finite"
@@ -238,7 +243,7 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
     if diagnostics.floor_fraction > 0.05:
         findings.append(f"sigma at its floor in {diagnostics.floor_fraction:.0%} of the dimensions")
     if discretised:
-        return "; ".join(findings) or "healthy"
+        return "; ".join(findings) or "calibrated"
     if not 1.0 / 1.1 <= factor <= 1.1:
         confidence = "overconfident" if factor > 1.0 else "underconfident"
         findings.append(f"{confidence}: {factor:.3g} times its sigma would be optimal")
@@ -248,7 +253,7 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
     if 1.0 / 1.1 <= factor <= 1.1 and abs(diagnostics.coverage[worst] - INTERVALS[worst]) > 0.05:
         holds = f"the central {INTERVALS[worst]:.0%} interval holds {diagnostics.coverage[worst]:.0%}"
         findings.append(f"residuals not Gaussian: {holds}")
-    return "; ".join(findings) or "healthy"
+    return "; ".join(findings) or "calibrated"
 
 
 def jumps(

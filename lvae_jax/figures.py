@@ -1,14 +1,15 @@
 """Arrays to matplotlib figures. Nothing here touches the disk, the screen or matplotlib's global state."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
-_MODELS = [f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # grey, C7, is for what is no model
+MODEL_COLOURS = tuple(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9))  # grey, C7, is for lines that are no model
+_MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 
 class Panel(NamedTuple):
@@ -168,13 +169,17 @@ def losses(curves: Mapping[str, Curves]) -> Figure:
     return figure
 
 
-def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str) -> Figure:
+def sigma_and_elbo(curves: Mapping[str, Curves], *, unit: str, colours: Mapping[str, str] | None = None) -> Figure:
     """Sigma over steps above the ELBO over steps, as Fig. 10; a band spans the smallest to the largest sigma where it
-    is a vector. Dotted: the root mean squared error, which is the best scalar sigma for the reconstructions then."""
+    is a vector. Dotted: the root mean squared error, which is the best scalar sigma for the reconstructions then.
+
+    `colours` gives each title its colour; by default, colours follow the order of the titles.
+    """
+    colours = colours or _in_order(curves)
     figure = Figure(figsize=(7.5, 6.0), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for index, (title, curve) in enumerate(curves.items()):
-        colour = f"C{index}"
+        colour = colours[title]
         # The first of those that coincide, as a replayed run does with its original, is seen.
         style = {"color": colour, "linewidth": 0.9, "zorder": 2.0 + 1.0 / (1.0 + index)}
         top.plot(curve.steps, curve.sigma_mean.T, **style)
@@ -205,6 +210,7 @@ def elbo_against_sigma(
     limits: np.ndarray,
     bound: float | None,
     unit: str,
+    colours: Mapping[str, str] | None = None,
 ) -> Figure:
     """The final ELBO of each member against its sigma, and as lines with their spread those that learn theirs.
 
@@ -213,11 +219,12 @@ def elbo_against_sigma(
       lines: title -> ELBOs [M]; drawn across, with a band of one standard deviation over members.
       reused: sigmas [T], and title -> ELBOs [M, T] of the same models, unchanged, at these.
       limits: [2, P], sigmas and the best ELBO that any networks reach at them; may be empty.
-      bound: what no model exceeds, if that is known.
+      bound: the ELBO that no model exceeds, if it is known.
+      colours: title -> colour; by default, colours follow the order of `lines` and `points`.
     """
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     axis = figure.subplots()
-    colours = dict(zip(dict.fromkeys([*lines, *points]), itertools.cycle(_MODELS), strict=False))
+    colours = colours or _in_order([*lines, *points])
     for title, elbos in lines.items():
         axis.axhline(elbos.mean(), color=colours[title], linewidth=1.0, label=None if title in points else title)
         if len(elbos) > 1:
@@ -225,8 +232,9 @@ def elbo_against_sigma(
             axis.axhspan(elbos.mean() - spread, elbos.mean() + spread, color=colours[title], alpha=0.15, linewidth=0)
     for title, elbos in reused[1].items():
         axis.plot(reused[0], elbos.T, color=colours[title], linewidth=0.6, alpha=0.5)
-    for title, (sigmas, elbos) in points.items():
-        axis.plot(sigmas, elbos, "o", color=colours[title], markersize=5, alpha=0.7, label=title)
+    for marker, (title, (sigmas, elbos)) in zip(itertools.cycle(_MARKERS), points.items(), strict=False):
+        style = {"markerfacecolor": "none", "markersize": 7, "markeredgewidth": 1.2, "linestyle": ""}
+        axis.plot(sigmas, elbos, marker, color=colours[title], label=title, **style)
     axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
     if limits.size:
         # No line joins them: the limit is concave between.
@@ -242,6 +250,11 @@ def elbo_against_sigma(
     axis.set_xlim(sigmas.min() / 2.0, sigmas.max() * 2.0)
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
+
+
+def _in_order(titles: Iterable[str]) -> dict[str, str]:
+    """A colour for each title, by its place in the order."""
+    return dict(zip(dict.fromkeys(titles), itertools.cycle(MODEL_COLOURS), strict=False))
 
 
 def directions(

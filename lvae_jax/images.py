@@ -1,5 +1,5 @@
-"""Image data sets as two uint8 arrays, train and test [N, H, W, C]: from TFDS, from a folder of JPEGs, or made up;
-labels of those from TFDS.
+"""Image data sets as two uint8 arrays, train and test [N, H, W, C]: from scikit-learn, from TFDS, from a folder of
+JPEGs, or made up; labels of the first two.
 
 Real images are decoded once, into .npy files that are mapped into memory from then on; the name of such a cache says
 what made it. CelebA (Liu et al., ICCV 2015) means its aligned JPEGs, 178 x 218 pixels, in the official splits. Of each
@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+DIGITS = "digits"
+DIGITS_LEVELS = 17
 CELEBA = "celeb_a"  # as TFDS calls it
 CELEBA_CROP = 148
 CELEBA_SPLITS = {"train": range(1, 162_771), "validation": range(162_771, 182_638), "test": range(182_638, 202_600)}
@@ -29,6 +31,34 @@ FAKE_SIZES = {"train": 384, "test": 128}
 
 class DatasetError(Exception):
     """A data set cannot be had; the message, one line, names the fix."""
+
+
+def digits_images() -> tuple[np.ndarray, np.ndarray]:
+    """The 1,437 train and 360 test images, uint8 [N, 8, 8, 1] with grey levels 0 to 16, of the UCI handwritten digits
+    that scikit-learn ships (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998).
+
+    The first of each five images of a digit, in the order of the data, is a test image.
+    """
+    images, _, is_test = _digits()
+    return images[~is_test], images[is_test]
+
+
+def digits_labels() -> tuple[np.ndarray, np.ndarray]:
+    """The digits, int32 [N] from 0 to 9, in the train and test images of `digits_images`."""
+    _, labels, is_test = _digits()
+    return labels[~is_test], labels[is_test]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All images, their labels, and the mask of those for the test."""
+    import sklearn.datasets  # a second that others need not wait for
+
+    digits = sklearn.datasets.load_digits()
+    labels = digits.target.astype(np.int32)
+    number_of_kind = np.zeros(len(labels), int)  # of each image among those of its digit
+    for label in range(10):
+        number_of_kind[labels == label] = np.arange(np.sum(labels == label))
+    return digits.images.astype(np.uint8)[..., None], labels, number_of_kind % 5 == 0
 
 
 def tfds_images(
@@ -318,7 +348,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
                 f"{folder} holds {name!r} in another file format than array_record: give another --data_dir"
             ) from None
         raise DatasetError(
-            f"unknown data set {name!r}: give toy, mnist or the name of another TFDS image data set"
+            f"unknown data set {name!r}: give toy, digits, mnist or the name of another TFDS image data set"
         ) from None
     if not name.startswith(builder.name):
         raise DatasetError(f"unknown data set {name!r}: TFDS calls it {builder.name!r}, give this name")

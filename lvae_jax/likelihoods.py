@@ -1,5 +1,5 @@
 """Observation models p(x|z): isotropic or diagonal Gaussians that differ only in where log sigma comes from, as
-densities or, for 8-bit images, as probabilities.
+densities or, for images with grey levels, as probabilities.
 
 Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels for each data dimension of x [B, *S].
   Channel 0 is the mean; channel 1, where there is one, the log stddev. Units: sigma has the unit of x; densities are in
@@ -34,15 +34,11 @@ Params = dict[str, Any]
 
 # Learned and closed-form log sigmas, initial values included, are softly clipped to this interval; they are untouched
 # from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Scale data of another magnitude first. A head's `floor` replaces the lower
-# limit, sigma = 9e-4, which lies below the quantisation noise of 8-bit pixels.
+# limit, sigma = 9e-4, which lies below the quantisation noise of 8-bit pixels, 1.1e-3.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 FLOOR = math.exp(LOG_STDDEV_RANGE[0])
 
 GAIN = 0.03  # of `learned_vector`
-
-# Of 8-bit pixels k/255 on [0, 1]: the stddev, 1.1e-3, of what rounding took away, uniform over one bin. A sigma below
-# it claims to know more than the data hold; as the `floor` of a density on images it keeps that claim out of the ELBO.
-QUANTISATION_NOISE = 1.0 / (255.0 * math.sqrt(12.0))
 
 
 class Likelihood(NamedTuple):
@@ -148,38 +144,56 @@ def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> L
     return _gaussian(1, floor, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
 
 
-def discretised(likelihood: Likelihood) -> Likelihood:
-    """The Gaussian `likelihood` as a distribution over 8-bit pixels: P(k/255) is its mass on the bin of width 1/255
-    around k/255, the first and last bins open to -inf and inf, so that the 256 probabilities sum to one.
+def quantisation_noise(levels: int = 256) -> float:
+    """The stddev of the rounding error of pixels k / (levels - 1) on [0, 1], which is uniform over one bin: 1.1e-3 for
+    8-bit pixels.
 
-    >>> head = discretised(fixed(0.1))
-    >>> outputs, x = jnp.full((256, 1, 1), 0.2), jnp.linspace(0.0, 1.0, 256)[:, None]
+    A smaller sigma claims to know more than the data hold. As the `floor` of a density on images it keeps that claim
+    out of the ELBO.
+
+    Raises:
+      ValueError: `levels` is below 2.
+    """
+    return 1.0 / (_last_level(levels) * math.sqrt(12.0))
+
+
+def discretised(likelihood: Likelihood, *, levels: int = 256) -> Likelihood:
+    """The Gaussian `likelihood` as a distribution over the grey levels k = 0, ..., `levels` - 1 of pixels x = k /
+    (levels - 1): P(k) is its mass on the bin of width 1 / (levels - 1) around x. The first and the last bin are open to
+    -inf and inf, so that the probabilities sum to one.
+
+    >>> head = discretised(fixed(0.1), levels=17)
+    >>> outputs, x = jnp.full((17, 1, 1), 0.2), jnp.linspace(0.0, 1.0, 17)[:, None]
     >>> round(float(jnp.exp(head.log_prob(head.init(), outputs, x)).sum()), 5)
     1.0
 
-    Its log_prob is that of values x = k/255 (other x count as the nearest) and never above 0: the length of a code for
-    the image, where a density has no such limit. The draws of `sample` are on the grid, and have no gradients. mean is
-    the Gaussian's, clipped to [0, 1]: for black and white pixels it may lie anywhere beyond. stddev remains that of the
-    Gaussian before rounding; `optimal` stays the optimum of the density, which for sigma
-    well above a bin is that of the probabilities as well.
+    log_prob takes any other x for the nearest level. It is never above 0: minus log_prob is the length of a code for
+    the image, in nats, and a density has no such limit. The draws of `sample` are on the grid and have no gradients.
+    mean is the Gaussian's, clipped to [0, 1], because that of a black or a white pixel may lie anywhere. stddev is that
+    of the Gaussian before rounding. `optimal` remains the optimum of the density; if sigma is well above a bin, it is
+    the optimum of the probabilities as well.
+
+    Raises:
+      ValueError: `levels` is below 2.
     """
+    last_level = _last_level(levels)
 
     def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return jnp.clip(likelihood.mean(params, outputs), 0.0, 1.0)
 
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
         # In units of the bins' width, in which the bins tile the line without gaps in float32 too.
-        k = jnp.clip(jnp.round(255.0 * x), 0.0, 255.0)
-        centre = 255.0 * likelihood.mean(params, outputs)
-        log_stddev = jnp.log(255.0 * likelihood.stddev(params, outputs))
-        first, last = k == 0.0, k == 255.0
+        k = jnp.clip(jnp.round(last_level * x), 0.0, last_level)
+        centre = last_level * likelihood.mean(params, outputs)
+        log_stddev = jnp.log(last_level * likelihood.stddev(params, outputs))
+        first, last = k == 0.0, k == last_level
         # P(X > 254.5) = P(-X < -254.5): one cdf serves both ends.
-        end = gaussians.log_cdf(jnp.where(last, -254.5, 0.5), jnp.where(last, -centre, centre), log_stddev)
+        end = gaussians.log_cdf(jnp.where(last, 0.5 - last_level, 0.5), jnp.where(last, -centre, centre), log_stddev)
         mass = jnp.where(first | last, end, gaussians.log_bin_mass(k, centre, log_stddev))
         return jnp.sum(mass, axis=tuple(range(1, x.ndim)))
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
-        return jnp.clip(jnp.round(255.0 * likelihood.sample(key, params, outputs)), 0.0, 255.0) / 255.0
+        return jnp.clip(jnp.round(last_level * likelihood.sample(key, params, outputs)), 0.0, last_level) / last_level
 
     return likelihood._replace(mean=mean, log_prob=log_prob, sample=sample)
 
@@ -256,6 +270,12 @@ def _gaussian(
         return gaussians.sample(key, outputs[..., 0], log_stddev(params, outputs))
 
     return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample)
+
+
+def _last_level(levels: int) -> float:
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    return float(levels - 1)
 
 
 def _check_sigma(sigma: float | Float[Array, "..."]) -> None:

@@ -204,7 +204,7 @@ def test_diagnostics_of_the_exact_posterior_are_healthy_and_in_closed_form():
     assert np.all(
         np.abs(found.coverage - INTERVALS) < 4.0 * np.sqrt(np.multiply(INTERVALS, np.subtract(1, INTERVALS)) / n)
     )
-    assert evaluation.diagnosis(found) == "healthy"
+    assert evaluation.diagnosis(found) == "calibrated"
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
@@ -308,7 +308,7 @@ HEALTHY = evaluation.Diagnostics(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "healthy"),
+        ({}, "calibrated"),
         ({"active_units": 0}, "posterior collapse: none of the latent dimensions, 2, is active"),
         ({"floor_fraction": 0.25}, "sigma at its floor in 25% of the dimensions"),
         ({"sigma_factor": 1.2}, "overconfident: 1.2 times its sigma would be optimal"),
@@ -339,7 +339,7 @@ def test_diagnosis_names_everything_that_is_wrong():
 
 def test_residuals_of_a_discretised_head_are_not_judged():
     changed = HEALTHY._replace(sigma_factor=np.float64(0.1), residual_mean=np.float64(0.5))
-    assert evaluation.diagnosis(changed, discretised=True) == "healthy"
+    assert evaluation.diagnosis(changed, discretised=True) == "calibrated"
     collapsed = evaluation.diagnosis(changed._replace(active_units=np.int64(0)), discretised=True)
     assert collapsed == "posterior collapse: none of the latent dimensions, 2, is active"
 

@@ -32,7 +32,7 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
             "residual_mean": 0.0,
             "residual_stddev": 1.0,
             "coverage": list(evaluation.INTERVALS),
-            "diagnosis": "healthy",
+            "diagnosis": "calibrated",
         }
         place = {"group": variant, "member": first + seed}
         made.append({"variant": variant, "seed": seed} | scores | sigmas | diagnostics | place | others)
@@ -99,11 +99,11 @@ def test_a_row_of_one_seed_has_no_spread():
 
 def test_a_row_s_diagnosis_tells_in_how_many_seeds():
     part = members("ls")
-    assert report.row(part, (2,), kind="points")["diagnosis"] == "healthy"
+    assert report.row(part, (2,), kind="points")["diagnosis"] == "calibrated"
     part[1]["diagnosis"] = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
     part[2]["diagnosis"] = "sigma at its floor in 12% of the dimensions"
     assert report.row(part, (2,), kind="points")["diagnosis"] == (
-        "healthy (in 1 of 3 seeds); posterior collapse: none of 2 (in 1 of 3 seeds); "
+        "calibrated (in 1 of 3 seeds); posterior collapse: none of 2 (in 1 of 3 seeds); "
         "sigma at its floor in 9% of the dimensions (in 2 of 3 seeds)"
     )
     part[0]["diagnosis"] = "sigma at its floor in 7% of the dimensions"
@@ -235,7 +235,7 @@ def test_cells_stand_below_their_titles_and_are_the_rows_numbers():
     assert cell(lines[2], "sigma's") == "", "an LV-VAE has none"
     assert cell(lines[1], "IW bound") == "", "only the other has one"
     assert cell(lines[2], "IW bound") == "-0.5000"
-    assert lines[-2:] == [f"F-VAE, sigma = {fixed['sigma']}: healthy", "LV-VAE: healthy"]
+    assert lines[-2:] == [f"F-VAE, sigma = {fixed['sigma']}: calibrated", "LV-VAE: calibrated"]
     assert max(map(len, lines[3:])) <= 118
 
 
