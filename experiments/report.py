@@ -204,13 +204,11 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
         if part[0]["variant"] not in CONSTANT
     }
     draw_panels = figures.image_panels if len(summary["shape"]) == 3 else figures.plane_panels
+    colours = COLOURS if learned else None  # where all models are F-VAEs, colours tell their sigmas apart
     drawings = {
         "samples": draw_panels(panels, unit=summary["unit"]),
         "losses": figures.losses(all_curves),
-        # Where all models are F-VAEs, colours tell their sigmas apart.
-        "sigma": figures.sigma_and_elbo(
-            learned or all_curves, unit=summary["unit"], colours=COLOURS if learned else None
-        ),
+        "sigma": figures.sigma_and_elbo(learned or all_curves, unit=summary["unit"], colours=colours),
         "elbo": _elbo_against_sigma(summary),
     }
     for name, figure in drawings.items():

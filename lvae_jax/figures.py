@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
-MODEL_COLOURS = tuple(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9))  # grey, C7, is for lines that are no model
+MODEL_COLOURS = tuple(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9))  # without C7, the grey of other lines
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 
@@ -233,7 +233,7 @@ def elbo_against_sigma(
     for title, elbos in reused[1].items():
         axis.plot(reused[0], elbos.T, color=colours[title], linewidth=0.6, alpha=0.5)
     for marker, (title, (sigmas, elbos)) in zip(itertools.cycle(_MARKERS), points.items(), strict=False):
-        style = {"markerfacecolor": "none", "markersize": 7, "markeredgewidth": 1.2, "linestyle": ""}
+        style: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7, "markeredgewidth": 1.2, "linestyle": ""}
         axis.plot(sigmas, elbos, marker, color=colours[title], label=title, **style)
     axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
     if limits.size:
