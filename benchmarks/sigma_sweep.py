@@ -36,7 +36,7 @@ def seconds(*arguments: str) -> tuple[float, float]:
             seen += chunk
             if b"ELBO" in seen and first != first:
                 first = time.perf_counter() - start
-    if (process.returncode == 0) == ("--sigma=0" in arguments or "--help" in arguments):  # absl's --help exits with 1
+    if (process.returncode == 0) == ("--sigma=0" in arguments):
         sys.exit(f"{' '.join(command)} exited with {process.returncode}: {seen.decode().splitlines()[-1]}")
     return time.perf_counter() - start, first
 

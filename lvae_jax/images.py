@@ -34,7 +34,7 @@ class DatasetError(Exception):
 
 
 def digits_images() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,437 train and 360 test images, uint8 [N, 8, 8, 1] with grey levels 0 to 16, of the UCI handwritten digits
+    """The 1,433 train and 364 test images, uint8 [N, 8, 8, 1] with grey levels 0 to 16, of the UCI handwritten digits
     that scikit-learn ships (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998).
 
     The first of each five images of a digit, in the order of the data, is a test image.

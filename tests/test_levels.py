@@ -1,0 +1,121 @@
+"""Grey levels: everything that follows from their number, at 8 bits and at the 17 of the digits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import sigma_sweep
+from lvae_jax import datasets, evaluation, likelihoods
+
+LEVELS = (17, 256)
+
+
+@pytest.fixture(params=LEVELS)
+def levels(request):
+    return request.param
+
+
+def log_bin_masses(levels, mean, sigma):
+    """log P(k) of a Gaussian rounded to the grid k / (levels - 1), by scipy."""
+    edges = np.concatenate([[-np.inf], (np.arange(levels - 1) + 0.5) / (levels - 1), [np.inf]])
+    return np.log(np.diff(scipy.stats.norm.cdf(edges, mean, sigma)))
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(0.3, 0.1), (0.98, 0.3)])
+def test_discretised_against_scipy(levels, mean, sigma):
+    head = likelihoods.discretised(likelihoods.fixed(sigma), levels=levels)
+    grid = jnp.linspace(0.0, 1.0, levels)[:, None]
+    log_prob = head.log_prob(head.init(), jnp.full((levels, 1, 1), mean), grid)
+    expected = log_bin_masses(levels, mean, sigma)
+    probable = expected > -15.0  # below, differences of cdfs have lost their digits, scipy's
+    np.testing.assert_allclose(log_prob[probable], expected[probable], rtol=2e-4)
+    assert float(jnp.exp(log_prob).sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_discretised_draws_have_their_probabilities(levels):
+    head = likelihoods.discretised(likelihoods.fixed(0.2), levels=levels)
+    outputs = jnp.full((20_000, 1, 1), 0.1)
+    drawn = np.asarray(head.sample(jax.random.key(0), head.init(), outputs)).ravel()
+    k = drawn * (levels - 1)
+    np.testing.assert_allclose(k, np.rint(k), atol=1e-4)
+    counts = np.bincount(np.rint(k).astype(int), minlength=levels)
+    expected = 20_000 * np.exp(log_bin_masses(levels, 0.1, 0.2))
+    pooled = np.add.reduceat(np.stack([counts, expected]), np.arange(0, levels, -(-levels // 16)), axis=1)
+    pooled = pooled[:, pooled[1] > 5.0]
+    chi_square = np.sum((pooled[0] - pooled[1]) ** 2 / pooled[1])
+    assert chi_square < scipy.stats.chi2.isf(1e-4, pooled.shape[1] - 1)
+
+
+def test_dequantised_pixels_lie_in_their_cells(levels):
+    k = jnp.arange(levels, dtype=jnp.uint8)[:, None]
+    x = datasets.dequantize(jax.random.split(jax.random.key(0), levels), jnp.repeat(k, 500, axis=1), levels=levels)
+    np.testing.assert_array_equal(jnp.floor(x * levels), jnp.repeat(k, 500, axis=1))
+    inside = np.asarray(x * levels - k).ravel()
+    assert scipy.stats.kstest(inside, "uniform").pvalue > 1e-4
+
+
+def test_dequantised_elbo_bounds_the_probability(levels):
+    """E_u log p((k + u) / L) - ln L is at most log P(k), the mass of p on the cell, and near it for a smooth p."""
+    u = (np.arange(1000) + 0.5) / 1000.0
+    k = np.arange(levels)[:, None]
+    bound = scipy.stats.norm.logpdf((k + u) / levels, 0.4, 0.5).mean(axis=1)
+    mass = np.log(np.diff(scipy.stats.norm.cdf(np.arange(levels + 1) / levels, 0.4, 0.5)))
+    rates = [evaluation.rate(value, (1,), kind="dequantised", levels=levels) for value in bound]
+    lengths = np.array([rate.bits_per_dimension for rate in rates]) * math.log(2.0)
+    assert (lengths >= -mass).all()
+    np.testing.assert_allclose(lengths, -mass, rtol=1e-3)
+
+
+def test_uniform_noise_has_all_bits(levels):
+    for kind, elbo in (("density", 0.0), ("dequantised", 0.0), ("discretised", -6.0 * math.log(levels))):
+        rate = evaluation.rate(elbo, (2, 3, 1), kind=kind, levels=levels)
+        assert rate.bits_per_dimension == pytest.approx(math.log2(levels))
+        assert rate.bound == (0.0 if kind == "discretised" else pytest.approx(6.0 * math.log(levels)))
+
+
+def test_quantisation_noise_is_that_of_rounding(levels):
+    x = np.random.default_rng(0).uniform(0.0, 1.0, 200_000)
+    error = np.rint(x * (levels - 1)) / (levels - 1) - x
+    assert likelihoods.quantisation_noise(levels) == pytest.approx(error.std(), rel=1e-2)
+    vae = sigma_sweep.make_vae("ls", (8, 8, 1), 2, 1.0, levels=levels, widths=(4,), num_blocks=1)
+    assert vae.likelihood.floor == likelihoods.quantisation_noise(levels)
+
+
+def test_black_and_white_are_0_and_1(levels):
+    x = np.array([[0, levels - 1]], np.uint8)
+    np.testing.assert_array_equal(datasets.to_float(x, levels=levels), [[0.0, 1.0]])
+
+
+def test_reduced_levels_drop_low_bits():
+    full, reduced = (datasets.load("mnist", fake_data=True, levels=levels) for levels in (None, 32))
+    assert (full.levels, reduced.levels) == (256, 32)
+    for name in ("train", "test"):
+        np.testing.assert_array_equal(getattr(reduced, name), getattr(full, name) // 8)
+    seen = reduced.test_batch(reduced.test, jax.random.key(0), jnp.arange(len(reduced.test)))
+    np.testing.assert_allclose(np.unique(seen), np.unique(reduced.test) / 31.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "message"),
+    [("mnist", 17, "--levels=17: must be one of 2, 4, "), ("toy", 32, "is for images"), ("digits", 8, "is for 8-bit")],
+)
+def test_refused_levels(name, levels, message):
+    with pytest.raises(datasets.DatasetError, match=message):
+        datasets.check(name, levels=levels)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: likelihoods.discretised(likelihoods.fixed(), levels=1),
+        lambda: likelihoods.quantisation_noise(1),
+        lambda: evaluation.rate(0.0, (1,), kind="density", levels=1),
+    ],
+)
+def test_one_level_is_refused(call):
+    with pytest.raises(ValueError, match="levels must be at least 2, got 1"):
+        call()
