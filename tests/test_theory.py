@@ -12,9 +12,11 @@ from scipy import optimize, special
 
 from lvae_jax import theory, toy
 
-DIMS = [2, 3, 4, 5, 7, 10, 25, 50, 100, 784, 10_000]
-K = np.float64(np.float32([0.0, *np.geomspace(1e-8, 1e4, 25), 1e5, 1e8]))  # the same in both precisions
-# sigma is given as the fraction sigma sqrt(n) / R of its critical value.
+# The recurrence takes 24 steps for n = 2, one for 49 and none from 50 on; the orders of odd n are half-integers.
+DIMS = [2, 3, 49, 50, 10_000]
+K = np.float64(np.float32([0.0, *np.geomspace(1e-8, 1e4, 14), 1e8]))  # the same in both precisions
+# sigma is given as the fraction sigma sqrt(n) / R of its critical value. Whatever has a new shape is
+# compiled anew, and so is each call of what solves for the radius: a test has eight sigmas in one call.
 
 
 @pytest.fixture(params=[np.float32, np.float64])
@@ -64,10 +66,10 @@ def log_density(rho, sigma, radius, dim):
 # The mean of exp(k u_1)
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", [2, 10_000])
 def test_nothing_overflows_at_the_largest_k(dim, accuracy):
     """Where Hankel's first term is exact: log I_v(k) = k - log(2 pi k) / 2."""
-    k = jnp.asarray(10.0 ** np.array([18, 21, 30, 37] if accuracy == 1e-5 else [18, 30, 100, 154, 200, 300]))
+    k = jnp.asarray(10.0 ** np.linspace(18, 37 if accuracy == 1e-5 else 300, 8))
     log_k = np.log(np.asarray(k, np.float64))
     expected = special.gammaln(dim / 2) + (dim / 2 - 1) * (np.log(2.0) - log_k) - 0.5 * (np.log(2.0 * np.pi) + log_k)
     scaled = jax.vmap(jax.value_and_grad(functools.partial(theory.log_mean_exp, dim=dim, scaled=True)))(k)
@@ -77,19 +79,18 @@ def test_nothing_overflows_at_the_largest_k(dim, accuracy):
     ratio, slope = jax.vmap(jax.value_and_grad(functools.partial(theory.bessel_ratio, dim=dim)))(k)
     np.testing.assert_allclose(ratio, 1.0, rtol=accuracy)
     np.testing.assert_allclose(slope, 0.0, atol=accuracy)
-    sigma = float(k[1]) ** -0.5
+    sigma = jnp.full(8, k[1] ** -0.5)
     np.testing.assert_allclose(theory.optimal_radius(sigma, dim=dim), 1.0, rtol=accuracy)
-    limit = expected[1] - dim / 2 * np.log(2.0 * np.pi * sigma**2)
+    limit = expected[1] - dim / 2 * (np.log(2.0 * np.pi) - log_k[1])
     np.testing.assert_allclose(theory.best_elbo(sigma, dim=dim), limit, rtol=accuracy)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_ratio_log_mean_and_their_slopes_are_mpmaths(dim, accuracy):
-    ks = K[(K != 1e5) | (dim < 10_000)]  # mpmath takes 10 s there; quadrature covers it
-    log_mean, ratio, slope = np.transpose([reference(k, dim) for k in ks])
+    log_mean, ratio, slope = np.transpose([reference(k, dim) for k in K])
     functions = [functools.partial(f, dim=dim) for f in (theory.log_mean_exp, theory.bessel_ratio)]
-    ours = [jax.vmap(jax.value_and_grad(f))(jnp.asarray(ks)) for f in functions]
-    assert {x.dtype for pair in ours for x in pair} == {jnp.asarray(ks).dtype}
+    ours = [jax.vmap(jax.value_and_grad(f))(jnp.asarray(K)) for f in functions]
+    assert {x.dtype for pair in ours for x in pair} == {jnp.asarray(K).dtype}
     np.testing.assert_allclose(ours[0], [log_mean, ratio], rtol=accuracy)
     np.testing.assert_allclose(ours[1][0], ratio, rtol=accuracy)
     # As a difference of terms of order one, the slope may lose its digits where it is itself far below one.
@@ -107,12 +108,12 @@ def test_ratio_and_log_mean_are_those_of_quadrature_without_seams(dim, accuracy)
 
 
 def test_three_dimensions_are_in_closed_form(accuracy):
-    k = np.float64(np.float32(np.geomspace(0.1, 700.0, 100)))
+    k = np.float64(np.float32(np.geomspace(0.1, 700.0, 200)))
     np.testing.assert_allclose(theory.bessel_ratio(jnp.asarray(k), dim=3), 1 / np.tanh(k) - 1 / k, rtol=accuracy)
     np.testing.assert_allclose(theory.log_mean_exp(jnp.asarray(k), dim=3), np.log(np.sinh(k) / k), rtol=accuracy)
 
 
-@pytest.mark.parametrize("dim", [2, 5, 100])
+@pytest.mark.parametrize("dim", [2, 100])
 def test_normalised_normals_have_this_mean(dim):
     normal = np.random.default_rng(0).standard_normal((20_000, dim))
     u = normal[:, 0] / np.linalg.norm(normal, axis=-1)
@@ -122,73 +123,91 @@ def test_normalised_normals_have_this_mean(dim):
             assert abs(draws.mean()) < 4.0 * draws.std() / np.sqrt(len(u))
 
 
-@pytest.mark.parametrize("dim", [2, 3, 784])
+@pytest.mark.parametrize("dim", [49, 784])
 def test_second_derivatives_are_mpmaths(dim):
     functions = (functools.partial(f, dim=dim) for f in (theory.log_mean_exp, theory.bessel_ratio))
-    log_mean, ratio = (jax.grad(jax.grad(f)) for f in functions)
+    log_mean, ratio = (jax.vmap(jax.grad(jax.grad(f))) for f in functions)
     with mpmath.workdps(40), jax.enable_x64(True):
-        for k in (0.0, 3.0):
-            np.testing.assert_allclose(log_mean(k), reference(k, dim)[2], rtol=1e-8)
+        k = jnp.array([0.0, 3.0])
+        np.testing.assert_allclose(log_mean(k), [reference(value, dim)[2] for value in (0.0, 3.0)], rtol=1e-8)
         expected = mpmath.diff(lambda k: k * mean_exp(k, dim)[1], 3.0, 2)
-        np.testing.assert_allclose(ratio(3.0), float(expected), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(ratio(k)[1], float(expected), rtol=1e-6, atol=1e-9)
 
 
 # The best radius and the best bound
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9, 0.99, 1.0, 1.2, 3.0])
-@pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 0.1), (10, 5.0), (784, 12.0), (10_000, 1.0)])
-def test_best_mixture_is_that_of_a_search_over_exact_densities(dim, radius, fraction, accuracy):
-    sigma = float(np.float32(fraction * radius / np.sqrt(dim)))
-    rho = np.float64(np.float32(np.linspace(0.0, 1.5 * radius, 301)))
-    density = log_density(rho, sigma, radius, dim)
+@pytest.mark.parametrize(("dim", "radius"), [(2, 5.0), (784, 12.0)])
+def test_best_mixture_is_that_of_a_search_over_exact_densities(dim, radius, accuracy):
+    fraction = np.array([0.2, 0.5, 0.9, 0.99, 0.999, 1.0, 1.2, 3.0])
+    sigma = np.float64(np.float32(fraction * radius / np.sqrt(dim)))
+    rho = np.float64(np.float32(np.linspace(0.0, 1.5 * radius, 151)))
     spacing, largest_k = rho[1], 1.5 * dim / fraction**2
-    ours = theory.objective(jnp.asarray(rho), jnp.full(rho.shape, sigma), radius=radius, dim=dim)
-    np.testing.assert_allclose(ours, density - density[0], rtol=0.0, atol=accuracy * largest_k)
-    best = rho[density.argmax()]
-    assert abs(theory.optimal_radius(sigma, radius=radius, dim=dim) - best) < spacing
-    near = optimize.minimize_scalar(
-        lambda rho: -log_density(rho, sigma, radius, dim), bounds=(max(best - spacing, 0.0), best + spacing)
-    )
-    elbo = theory.best_elbo(sigma, radius=radius, dim=dim)
-    np.testing.assert_allclose(elbo, max(-near.fun, density.max()), rtol=accuracy, atol=accuracy * largest_k)
+    objective = theory.objective(jnp.asarray(rho)[None], jnp.asarray(sigma)[:, None], radius=radius, dim=dim)
+    optimal, elbo = (f(jnp.asarray(sigma), radius=radius, dim=dim) for f in (theory.optimal_radius, theory.best_elbo))
+    for i in range(len(sigma)):
+        exact = functools.partial(log_density, sigma=sigma[i], radius=radius, dim=dim)
+        density = exact(rho)
+        np.testing.assert_allclose(objective[i], density - density[0], rtol=0.0, atol=accuracy * largest_k[i])
+        best = rho[density.argmax()]
+        assert abs(optimal[i] - best) < spacing
+        bounds = (max(best - spacing, 0.0), best + spacing)
+        near = optimize.minimize_scalar(lambda rho, exact=exact: -exact(rho), bounds=bounds)
+        expected = max(-near.fun, density.max())
+        np.testing.assert_allclose(elbo[i], expected, rtol=accuracy, atol=accuracy * largest_k[i])
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9, 1.3])
-def test_mixtures_fitted_by_em_come_close_and_are_no_better(fraction):
-    sigma, rng, angle = fraction / np.sqrt(2.0), np.random.default_rng(0), np.linspace(0.0, 2.0 * np.pi, 257)[1:]
+def test_mixtures_fitted_by_em_come_close_and_are_no_better():
+    fractions = np.array([0.3, 0.9, 1.3])
+    rng, angle = np.random.default_rng(0), np.linspace(0.0, 2.0 * np.pi, 257)[1:]
     x = np.stack([np.cos(angle), np.sin(angle)], -1)
-    centres, log_weight, bounds = rng.uniform(-1.2, 1.2, (64, 2)), np.full(64, -np.log(64.0)), []
-    for _ in range(500):
-        squared_distance = ((x[:, None] - centres) ** 2).sum(-1)
-        joint = log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
-        log_prob = special.logsumexp(joint, axis=1, keepdims=True)
-        bounds.append(log_prob.mean())
-        share = np.exp(joint - log_prob)
-        centres, log_weight = share.T @ x / share.sum(0)[:, None], np.log(share.mean(0))
-    best = float(theory.best_elbo(sigma, radius=1.0, dim=2))
-    assert max(bounds) < best + 1e-5
-    assert bounds[0] < best - 0.1
-    assert bounds[-1] > best - 2e-3
+    for fraction, best in zip(fractions, theory.best_elbo(jnp.asarray(fractions / np.sqrt(2.0)), dim=2), strict=True):
+        sigma = fraction / np.sqrt(2.0)
+        centres, log_weight, bounds = rng.uniform(-1.2, 1.2, (64, 2)), np.full(64, -np.log(64.0)), []
+        for _ in range(500):
+            squared_distance = ((x[:, None] - centres) ** 2).sum(-1)
+            joint = log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+            log_prob = special.logsumexp(joint, axis=1, keepdims=True)
+            bounds.append(log_prob.mean())
+            share = np.exp(joint - log_prob)
+            centres, log_weight = share.T @ x / share.sum(0)[:, None], np.log(share.mean(0))
+        assert max(bounds) < best + 1e-5
+        assert bounds[0] < best - 0.1
+        assert bounds[-1] > best - 2e-3
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.999999])
-@pytest.mark.parametrize("dim", [2, 3, 10, 784])
-def test_radius_and_slopes_are_mpmaths_up_to_the_transition(dim, fraction, accuracy):
-    sigma = np.float64(np.float32(fraction / np.sqrt(dim)))
+@functools.cache
+def radii_and_slopes(dim, fractions):
+    """(sigma, rho / R, its slope by sigma sqrt(n) / R, that of the best ELBO by log sigma), each one for each fraction,
+    to 40 digits."""
+    rows = []
     with mpmath.workdps(40):
-        exact = mpmath.mpf(sigma) * mpmath.sqrt(dim)
-        expected, slope = relative_radius(exact, dim), mpmath.diff(functools.partial(relative_radius, dim=dim), exact)
-        elbo_slope, expected, slope = map(float, (dim / exact**2 * (1 - expected**2) - dim, expected, slope))
-    rho, ours = jax.value_and_grad(functools.partial(theory.optimal_radius, radius=1.0, dim=dim))(jnp.asarray(sigma))
-    # The radius vanishes as sqrt(1 - sigma^2 n / R^2): an error of A_n counts 1 / (1 - fraction) times there.
-    error = accuracy / (1.0 - fraction)
-    np.testing.assert_allclose(rho, expected, rtol=error)
-    # The slope holds A_n' n / sigma^2, a difference of terms of order one multiplied by 2 n / fraction^3.
-    np.testing.assert_allclose(ours / np.sqrt(dim), slope, rtol=error, atol=2 * dim / fraction**3 * error)
-    # By the envelope theorem d ELBO / d log sigma = (R^2 - rho^2) / sigma^2 - n.
-    ours = jax.grad(functools.partial(theory.best_elbo, radius=1.0, dim=dim))(jnp.asarray(sigma)) * sigma
-    np.testing.assert_allclose(ours, elbo_slope, rtol=error, atol=2 * dim / fraction**2 * accuracy)
+        for fraction in fractions:
+            sigma = np.float64(np.float32(fraction / np.sqrt(dim)))
+            exact = mpmath.mpf(sigma) * mpmath.sqrt(dim)
+            rho, slope = relative_radius(exact, dim), mpmath.diff(functools.partial(relative_radius, dim=dim), exact)
+            rows.append([sigma, *map(float, (rho, slope, dim / exact**2 * (1 - rho**2) - dim))])
+    return np.transpose(rows)
+
+
+@pytest.mark.parametrize("dim", [3, 784])
+def test_radius_and_slopes_are_mpmaths_up_to_the_transition(dim, accuracy):
+    fractions = (0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.999999)
+    sigma, expected, slope, elbo_slope = radii_and_slopes(dim, fractions)
+    radius_and_slope, elbo_and_slope = (
+        jax.vmap(jax.value_and_grad(functools.partial(f, dim=dim)))(jnp.asarray(sigma))
+        for f in (theory.optimal_radius, theory.best_elbo)
+    )
+    for i, fraction in enumerate(fractions):
+        # The radius vanishes as sqrt(1 - sigma^2 n / R^2): an error of A_n counts 1 / (1 - fraction) times there.
+        error = accuracy / (1.0 - fraction)
+        np.testing.assert_allclose(radius_and_slope[0][i], expected[i], rtol=error)
+        # The slope holds A_n' n / sigma^2, a difference of terms of order one multiplied by 2 n / fraction^3.
+        atol = 2 * dim / fraction**3 * error
+        np.testing.assert_allclose(radius_and_slope[1][i] / np.sqrt(dim), slope[i], rtol=error, atol=atol)
+        # By the envelope theorem d ELBO / d log sigma = (R^2 - rho^2) / sigma^2 - n.
+        atol = 2 * dim / fraction**2 * accuracy
+        np.testing.assert_allclose(elbo_and_slope[1][i] * sigma[i], elbo_slope[i], rtol=error, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +220,10 @@ def test_radii_are_the_known_ones(dim, radii):
     np.testing.assert_allclose(ours, radii, atol=5.1e-4, err_msg="Theorem 1's ridge has moved")
 
 
-@pytest.mark.parametrize("radius", [0.01, 1.0, 28.0])
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("dim", "radius"), [(2, 0.01), (10_000, 28.0)])
 def test_manifold_is_lost_from_the_critical_sigma_on(dim, radius, accuracy):
     np.testing.assert_allclose(theory.critical_sigma(radius=radius, dim=dim), radius / np.sqrt(dim), rtol=1e-6)
-    sigma = jnp.asarray([1.0, 1.001, 1.5, 1e3]) * theory.critical_sigma(radius=radius, dim=dim)
+    sigma = jnp.asarray([1.0, 1.001, 1.01, 1.1, 1.5, 3.0, 30.0, 1e3]) * theory.critical_sigma(radius=radius, dim=dim)
     options = {"radius": radius, "dim": dim}
     rho, slope = jax.vmap(jax.value_and_grad(functools.partial(theory.optimal_radius, **options)))(sigma)
     np.testing.assert_array_equal(rho, 0.0)
@@ -220,40 +238,41 @@ def test_manifold_is_lost_from_the_critical_sigma_on(dim, radius, accuracy):
 @pytest.mark.parametrize("dim", DIMS)
 def test_radius_approaches_the_datas_as_sigma_vanishes(dim):
     with jax.enable_x64(True):
-        for fraction in (0.03, 0.1):
-            rho = theory.optimal_radius(fraction / np.sqrt(dim), radius=1.0, dim=dim)
-            square = fraction**2 / dim
-            expansion = (dim - 1) * square / 2 + (dim**2 - 1) * square**2 / 8
-            np.testing.assert_allclose(1.0 - rho, expansion, rtol=0.0, atol=fraction**6)
+        fraction = jnp.linspace(0.03, 0.1, 8)
+        rho = theory.optimal_radius(fraction / np.sqrt(dim), radius=1.0, dim=dim)
+        square = fraction**2 / dim
+        expansion = (dim - 1) * square / 2 + (dim**2 - 1) * square**2 / 8
+        assert np.all(np.abs(1.0 - rho - expansion) < fraction**6)
     sigma = jnp.asarray(1e-4 / np.sqrt(dim))
     np.testing.assert_allclose(theory.optimal_radius(sigma, radius=1.0, dim=dim), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_units_of_the_data_do_not_matter(scale, accuracy):
-    sigma = jnp.linspace(0.1, 0.9, 9)
-    for function, factor, shift in ((theory.optimal_radius, scale, 0.0), (theory.best_elbo, 1.0, -10 * np.log(scale))):
-        ours, expected = function(scale * sigma, radius=2.0 * scale, dim=10), function(sigma, radius=2.0, dim=10)
-        np.testing.assert_allclose(ours, factor * expected + shift, rtol=10 * accuracy, atol=10 * accuracy * factor)
+def test_units_of_the_data_do_not_matter():
+    sigma, accuracy = jnp.linspace(0.1, 1.4, 8) * theory.critical_sigma(radius=2.0, dim=49), 1e-5
+    radius, elbo = (f(sigma, radius=2.0, dim=49) for f in (theory.optimal_radius, theory.best_elbo))
+    for scale in (1e-3, 1e3):
+        ours = theory.optimal_radius(scale * sigma, radius=2.0 * scale, dim=49)
+        np.testing.assert_allclose(ours, scale * radius, rtol=10 * accuracy, atol=10 * accuracy * scale)
+        ours = theory.best_elbo(scale * sigma, radius=2.0 * scale, dim=49)
+        np.testing.assert_allclose(ours, elbo - 49 * np.log(scale), rtol=10 * accuracy, atol=10 * accuracy)
 
 
 @pytest.mark.parametrize("function", [theory.optimal_radius, theory.best_elbo, theory.objective])
-def test_one_program_serves_every_sigma_elementwise(function, accuracy):
+def test_one_program_serves_every_sigma_elementwise(function):
     traces, arguments = [], 2 if function is theory.objective else 1
 
     @jax.jit
     def compiled(sigma):
         traces.append(sigma)
-        return function(*[sigma] * arguments, radius=1.0, dim=3)
+        return function(*[sigma] * arguments, radius=1.0, dim=49)
 
-    sigma = jnp.linspace(0.05, 1.0, 6).reshape(2, 3)
-    one_by_one = np.reshape([function(*[float(s)] * arguments, radius=1.0, dim=3) for s in sigma.ravel()], (2, 3))
-    for ours in (compiled(sigma), jax.vmap(compiled)(sigma), function(*[sigma] * arguments, radius=1.0, dim=3)):
-        assert ours.dtype == sigma.dtype
-        np.testing.assert_allclose(ours, one_by_one, rtol=10 * accuracy, atol=10 * accuracy)
-    np.testing.assert_array_equal(compiled(sigma[::-1]), compiled(sigma)[::-1])
+    sigma = jnp.linspace(0.2, 4.0, 6).reshape(2, 3) / 14.0
+    together = compiled(sigma)
+    np.testing.assert_array_equal(compiled(sigma[::-1]), together[::-1])
+    np.testing.assert_allclose(jax.vmap(compiled)(sigma), together, rtol=1e-4, atol=1e-4)
     assert len(traces) == 2, "one trace for [2, 3] and one, under vmap, for [3]"
-    assert function(*[jnp.float32(0.3)] * arguments, radius=1.0, dim=3).dtype == jnp.float32
+    assert together.dtype == sigma.dtype
+    assert jax.eval_shape(lambda: function(*[0.02] * arguments, radius=1.0, dim=49)).dtype == sigma.dtype, "of a number"
 
 
 # The toy
@@ -262,8 +281,13 @@ def test_one_program_serves_every_sigma_elementwise(function, accuracy):
 @functools.cache
 def toy_cloud():
     """Points of the toy and their log density by `toy.log_prob`: another quadrature than theory's."""
-    x = toy.sample(jax.random.split(jax.random.key(0), 40_000))
-    return np.float64(x), np.float64(jax.lax.map(lambda x: toy.log_prob(x[None])[0], x, batch_size=1_000))
+    x = toy.sample(jax.random.split(jax.random.key(0), 10_000))
+    return np.float64(x), np.float64(jax.jit(toy.log_prob)(x))
+
+
+@functools.cache
+def toys_limit(sigma):
+    return theory.toy_best_elbo(sigma)
 
 
 def test_toy_entropy_is_that_of_the_density():
@@ -287,29 +311,30 @@ def test_large_sigmas_lose_the_toy():
     for sigma in (1.85, 3.0):
         square = np.pi**2 / 3.0 + 0.5 + 2.0 * np.mean(np.square(toy.NOISE))
         gaussian = -square / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
-        low, high = theory.toy_best_elbo(sigma)
+        low, high = toys_limit(sigma)
         assert high - 0.01 <= low <= gaussian + 1e-6
         assert gaussian - 1e-6 <= high <= gaussian + 0.01
-    assert theory.toy_best_elbo(1.7)[0] > -square / (2.0 * 1.7**2) - np.log(2.0 * np.pi * 1.7**2)
+    assert toys_limit(1.7)[0] > -square / (2.0 * 1.7**2) - np.log(2.0 * np.pi * 1.7**2)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
 def test_no_mixture_exceeds_the_toys_limit_and_em_comes_close(sigma):
     """Gaussians with free centres, fitted by EM to a sample and judged on another: a method without a grid."""
     x, _ = toy_cloud()
-    train, test = x[:4_000], x[4_000:]
+    train, test = x[:2_000], x[2_000:]
     rng = np.random.default_rng(0)
-    centres, log_weight = train[rng.choice(len(train), 150, replace=False)], np.full(150, -np.log(150.0))
+    centres, log_weight = train[rng.choice(len(train), 100, replace=False)], np.full(100, -np.log(100.0))
 
     def joint(x):
-        squared_distance = ((x[:, None] - centres) ** 2).sum(-1)
+        squared_distance = (x**2).sum(-1)[:, None] - 2.0 * x @ centres.T + (centres**2).sum(-1)
         return log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
 
     for _ in range(60):
-        share = special.softmax(joint(train), axis=1)
+        share = np.exp(joint(train) - joint(train).max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
         centres, log_weight = share.T @ train / share.sum(0)[:, None], np.log(share.mean(0))
     log_prob = special.logsumexp(joint(test), axis=1)
-    low, high = theory.toy_best_elbo(sigma)
+    low, high = toys_limit(sigma)
     error = log_prob.std() / np.sqrt(len(test))
     assert 0.0 < high - low <= 0.01
     assert log_prob.mean() < high + 4.0 * error
@@ -317,12 +342,12 @@ def test_no_mixture_exceeds_the_toys_limit_and_em_comes_close(sigma):
 
 
 def test_toys_limit_falls_with_sigma():
-    highs = [theory.toy_best_elbo(sigma)[1] for sigma in (0.02, 0.08, 0.15, 0.4, 1.5)]
+    highs = [toys_limit(sigma)[1] for sigma in (0.02, 0.1, 0.4, 1.0, 1.7)]
     assert highs == sorted(highs, reverse=True)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf])
-def test_toys_limit_refuses_a_sigma_that_is_none(sigma):
+def test_toys_limit_refuses_what_is_not_a_sigma(sigma):
     with pytest.raises(ValueError, match="positive"):
         theory.toy_best_elbo(sigma)
 
@@ -331,15 +356,15 @@ def test_toys_limit_refuses_a_sigma_that_is_none(sigma):
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (7, 50), (8, 8), (1, 5), (400, 3, 2, 1)])
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_principal_stddevs_are_those_of_the_whole_covariance(shape, chunk):
+def test_principal_stddevs_are_those_of_the_whole_covariance(shape):
     x = 100.0 + np.random.default_rng(0).standard_normal(shape) * np.linspace(0.1, 3.0, shape[1]).reshape(
         1, -1, *[1] * (len(shape) - 2)
     )
-    ours = theory.principal_stddevs(x[i : i + chunk] for i in range(0, len(x), chunk))
     flat = x.reshape(len(x), -1)
     whole = np.linalg.eigvalsh(np.atleast_2d(np.cov(flat.T, bias=True)))[::-1][: min(flat.shape)]
-    np.testing.assert_allclose(ours**2, np.maximum(whole, 0.0), atol=1e-10)
+    for chunk in (1, 3, 1000):
+        ours = theory.principal_stddevs(x[i : i + chunk] for i in range(0, len(x), chunk))
+        np.testing.assert_allclose(ours**2, np.maximum(whole, 0.0), atol=1e-10)
 
 
 def test_principal_stddevs_need_an_example():
