@@ -197,7 +197,7 @@ def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
         PIL.Image.DecompressionBombError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise command.UsageError(f"--images={file} is no whole .npy, PNG or JPEG file: {reason}") from None
+        raise command.UsageError(f"--images={file} cannot be read as a .npy, PNG or JPEG file: {reason}") from None
     is_image = len(shape) == 3
     if value.ndim != len(shape) + 1 or value.shape[1:] != shape or len(value) == 0:
         raise command.UsageError(f"--images={file}: give [N, {', '.join(map(str, shape))}], not {list(value.shape)}")

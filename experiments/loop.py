@@ -112,7 +112,7 @@ def in_turn(load: Callable[[], Tree]) -> Tree:
     if error is not None:
         raise error
     if failed:
-        raise runs.RunError("process 0 has no data, and says why")
+        raise runs.RunError("process 0 could not load the data: its message says why")
     return load() if loaded is None else loaded
 
 

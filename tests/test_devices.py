@@ -281,7 +281,7 @@ def test_data_are_loaded_once_and_a_failure_is_passed_on(monkeypatch):
     monkeypatch.setattr(loop.jax, "process_index", lambda: 1)
     told = []
     monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: told.append(failed) or np.True_)
-    with pytest.raises(runs.RunError, match="process 0 has no data"):
+    with pytest.raises(runs.RunError, match="process 0 could not load the data"):
         loop.in_turn(lambda: pytest.fail("loaded"))
     monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: np.False_)
     assert loop.in_turn(lambda: "later") == "later"
