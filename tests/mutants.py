@@ -12,6 +12,7 @@ that cannot import the code shows nothing.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ def _tests(name: str, *functions: str) -> tuple[str, ...]:
     return tuple(f"tests/test_{name}.py::test_{function}" for function in functions)
 
 
-# What trains something or starts a command
+# What takes its time: it trains something or starts a command, or is one of many such
 COMPARES, FOLLOWS, WARMED, OPTIONS, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tests(
     "sigma_sweep",
     "the_command_compares_all_variants",
@@ -63,6 +64,12 @@ SPHERE_RUN, SPHERE_RESUMED, SPHERE_NONSENSE = _tests(
     "the_command_puts_theory_beside_trained_models",
     "an_interrupted_run_goes_on_to_the_same_numbers",
     "nonsense_is_refused_in_one_line",
+)
+RATIO, SPHERES_STDDEV, ENTROPY = _tests(
+    "theory",
+    "three_dimensions_are_in_closed_form",
+    "the_spheres_critical_sigma_is_its_first_principal_stddev",
+    "toy_entropy_is_that_of_the_density",
 )
 FAKE_IMAGES, ITS_FILES, BESIDE, CRITICAL_NONSENSE = _tests(
     "critical_sigma",
@@ -110,9 +117,11 @@ MUTANTS = [
     Mutant("split_off_by_one", IMAGES, '"test": range(182_638,', '"test": range(182_637,'),
     Mutant("cache_of_any_size", IMAGES, "-bilinear{image_size}", "-bilinear"),
     Mutant("one_key_for_u_and_noise", TOY, "jax.random.normal(noise_key, SHAPE)", "jax.random.normal(u_key, SHAPE)"),
-    Mutant("bessel_recurrence", THEORY, "= dim + 2 * step + k * upper", "= dim + step + k * upper"),
-    Mutant("critical_without_root", THEORY, "return radius / math.sqrt(dim)", "return radius / dim"),
-    Mutant("entropy_in_bits", THEORY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /"),
+    Mutant("bessel_recurrence", THEORY, "= dim + 2 * step + k * upper", "= dim + step + k * upper", RATIO),
+    Mutant("critical_without_root", THEORY, "return radius / math.sqrt(dim)", "return radius / dim", SPHERES_STDDEV),
+    Mutant(
+        "entropy_in_bits", THEORY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /", ENTROPY
+    ),
     Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,"),
     Mutant("kl_averaged", VAE, "kl=jnp.sum(", "kl=jnp.mean("),
     Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
@@ -218,6 +227,15 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+running: set[subprocess.Popen[str]] = set()
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends pytest, and the commands that its tests have started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_tests(arguments: str, mutant: Mutant | None = None) -> Result:
     """Runs these tests in a copy of the checkout, which has the mutant's fault."""
     began = time.monotonic()
@@ -236,13 +254,15 @@ def run_tests(arguments: str, mutant: Mutant | None = None) -> Result:
             text=True,
             start_new_session=True,
         )
+        running.add(process)
         try:
             output, _ = process.communicate(timeout=TIME_LIMIT)
             code: int | None = process.returncode
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and the commands that the tests have started
+            end(process)
             output, _ = process.communicate()
             code = None
+        running.remove(process)
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE)
     return Result(code, failed[1] if failed else "", output, time.monotonic() - began)
 
@@ -281,21 +301,26 @@ def main() -> None:
             arguments.record.write_text("\n".join(lines) + "\n")
 
     say(f"imported: {imported_from()}")
+    by_file: dict[str, dict[str, None]] = {}  # whose tests share what they train
+    for mutant in chosen:
+        by_file.setdefault(mutant.arguments.partition("::")[0], {})[mutant.arguments] = None
+    needed = [" ".join(of_file) for of_file in by_file.values()]
+    results: list[Result] = []
     with ThreadPoolExecutor(arguments.processes) as pool:
-        by_file: dict[str, dict[str, None]] = {}  # whose tests share what they train
-        for mutant in chosen:
-            by_file.setdefault(mutant.arguments.partition("::")[0], {})[mutant.arguments] = None
-        needed = [" ".join(of_file) for of_file in by_file.values()]
-        for tests, result in zip(needed, pool.map(run_tests, needed), strict=True):
-            if result.code != 0:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"{result.output}\nwithout any fault, {tests} does not pass: {result.verdict}")
-        say(f"without any fault, the tests of {len(needed)} files pass")
-        results: list[Result] = []
-        found = pool.map(run_tests, [mutant.arguments for mutant in chosen], chosen)
-        for mutant, result in zip(chosen, found, strict=True):
-            say(f"{mutant.name:36}{result.verdict} ({result.seconds:.0f} s)")
-            results.append(result)
+        try:
+            for tests, result in zip(needed, pool.map(run_tests, needed), strict=True):
+                if result.code != 0:
+                    sys.exit(f"{result.output}\nwithout any fault, {tests} does not pass: {result.verdict}")
+            say("without any fault, all of these tests pass")
+            found = pool.map(run_tests, [mutant.arguments for mutant in chosen], chosen)
+            for mutant, result in zip(chosen, found, strict=True):
+                say(f"{mutant.name:36}{result.verdict} ({result.seconds:.0f} s)")
+                results.append(result)
+        except BaseException:  # an interruption, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                end(process)
+            raise
     killed = sum(result.verdict.startswith("killed") for result in results)
     say(f"{killed} of {len(chosen)} mutants killed, {sum(result.code == 0 for result in results)} survived")
     if killed < len(chosen):
