@@ -23,12 +23,7 @@ def model():
     decoder = networks.mlp_decoder((2,), head.outputs, 3, width=8, num_blocks=1)
     vae = vae_lib.VAE(networks.mlp_encoder((2,), 3, width=8, num_blocks=1), decoder, head, 3)
     # Far from the small last layers of the start, where nothing depends on x.
-    return vae, jax.tree.map(lambda p: 3.0 * p, vae_lib.init(jax.random.key(0), vae))
-
-
-@pytest.fixture(scope="module")
-def score(model):
-    return jax.jit(lambda x, index: evaluation.examine(jax.random.key(1), *model, x, index)[0])
+    return vae, jax.jit(lambda key: jax.tree.map(lambda p: 3.0 * p, vae_lib.init(key, vae)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +36,35 @@ def examples():
     return np.asarray(toy.sample(jax.random.split(jax.random.key(2), SIZE)))
 
 
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_chunks_change_neither_scores_nor_diagnostics(examine, examples, chunk_size):
+    whole = examine(examples, jnp.arange(SIZE))
+    chunked = evaluation.over_split(examine, examples, chunk_size=chunk_size)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, chunked[0], whole[0])
+    whole, chunked = evaluation.diagnostics(whole[1]), evaluation.diagnostics(chunked[1])
+    jax.tree.map(close, chunked, whole)
+    assert all(leaf.dtype in (np.float64, np.int64) for leaf in jax.tree.leaves(whole))
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 22, 23, 24, 1000])
-def test_chunks_do_not_change_the_scores(score, examples, chunk_size):
-    whole = score(examples, jnp.arange(SIZE))
-    chunked = evaluation.over_split(score, examples, chunk_size=chunk_size)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), chunked, whole)
-
-
-def test_chunks_have_one_shape_and_the_fill_is_dropped(examples):
+def test_chunks_have_one_shape_and_the_fill_is_dropped(examples, chunk_size):
     shapes = []
 
     def sums(x, index):
         shapes.append(x.shape)
         return vae_lib.Scores(*7 * [np.stack([x[:, 0], index])])  # [2, B]: the last axis is the examples'
 
-    scores = evaluation.over_split(sums, examples, chunk_size=5)
-    assert shapes == [(5, 2)] * 5
+    scores = evaluation.over_split(sums, examples, chunk_size=chunk_size)
+    size = min(chunk_size, SIZE)
+    assert shapes == [(size, 2)] * -(-SIZE // size)
     np.testing.assert_array_equal(scores.elbo, [examples[:, 0], np.arange(SIZE)])
 
 
-def test_draws_belong_to_the_example_s_index(score, examples):
-    repeated = np.repeat(examples[:1], 2, axis=0)
-    same, other = score(repeated, jnp.array([4, 4])), score(repeated, jnp.array([4, 5]))
-    np.testing.assert_array_equal(same.elbo[0], same.elbo[1])
-    assert other.elbo[0] != other.elbo[1]
+def test_draws_belong_to_the_example_s_index(examine, examples):
+    repeated, index = np.repeat(examples[:1], SIZE, axis=0), jnp.arange(SIZE).at[1].set(0)
+    scores, _ = examine(repeated, index)
+    assert scores.elbo[0] == scores.elbo[1] != scores.elbo[2]
 
 
 def test_the_paper_s_convention_drops_the_constant_of_a_standard_gaussian():
@@ -77,14 +77,15 @@ def test_elbo_at_another_sigma_is_that_of_the_same_networks_under_it(model, exam
     learned, params = model
     decoder = Network(learned.decoder.init, lambda params, z: learned.decoder.apply(params, z)[..., :1])
 
-    def scores(sigma):
-        head = likelihoods.fixed(sigma)
-        vae = learned._replace(decoder=decoder, likelihood=head)
-        return evaluation.examine(
-            jax.random.key(1), vae, params | {"likelihood": head.init()}, jnp.array(examples), jnp.arange(SIZE)
-        )[0]
+    vae = learned._replace(decoder=decoder, likelihood=likelihoods.fixed())
 
-    one, *others = (vae_lib.summary(scores(sigma)) for sigma in (0.3, 0.05, 0.7, 4.0))
+    @jax.jit
+    def summary(head_params):
+        used = params | {"likelihood": head_params}
+        scores, _ = evaluation.examine(jax.random.key(1), vae, used, jnp.array(examples), jnp.arange(SIZE))
+        return vae_lib.summary(scores)
+
+    one, *others = (summary(likelihoods.fixed(sigma).init()) for sigma in (0.3, 0.05, 0.7, 4.0))
     moved = evaluation.elbo_at(np.array([0.05, 0.7, 4.0]), mse=float(one.mse), kl=float(one.kl), num_dimensions=2)
     np.testing.assert_allclose(moved, [other.elbo for other in others], rtol=1e-5)
     assert evaluation.elbo_at(0.3, mse=float(one.mse), kl=float(one.kl), num_dimensions=2) == pytest.approx(
@@ -144,38 +145,25 @@ def test_importance_score_is_the_evidence_at_the_exact_posterior():
     np.testing.assert_allclose(bound, EVIDENCE.logpdf(POINTS[:23, 0]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 16])
-def test_importance_score_lies_between_the_elbo_and_the_evidence_and_takes_images_as_stored(num_samples):
+@pytest.mark.parametrize("num_samples", [1, 16])
+def test_importance_score_lies_between_the_elbo_and_the_evidence(num_samples):
     model = linear(shift=0.4)
     gap = 0.4**2 / (2.0 * POSTERIOR_VARIANCE)
-    points = POINTS[:4000]
 
     def score(x, index):
         return evaluation.importance_score(jax.random.key(1), *model, x, index, num_samples=num_samples)
 
-    whole = jax.jit(score)(points, jnp.arange(4000))
-    np.testing.assert_allclose(evaluation.over_split(jax.jit(score), points), whole, rtol=1e-5, atol=1e-5)
-    below = EVIDENCE.logpdf(points[:, 0]) - np.float64(whole)
+    points = POINTS[:4000]
+    bound = evaluation.over_split(jax.jit(score), points)
+    below = EVIDENCE.logpdf(points[:, 0]) - np.float64(bound)
     error = below.std() / np.sqrt(4000)
     assert abs(below.mean() - gap) < 4.0 * error if num_samples == 1 else -4.0 * error < below.mean() < gap / 1.5
-    stored, seen = jnp.array([[0], [51], [255]], jnp.uint8), jnp.array([[0.0], [51 / 255], [1.0]])
-    np.testing.assert_allclose(score(stored, jnp.arange(3)), score(seen, jnp.arange(3)), rtol=1e-5, atol=1e-6)
 
 
-def test_examine_gives_the_scores_and_their_kl_by_latent_dimensions(score, examine, examples):
+def test_kl_is_the_sum_of_its_latent_dimensions(examine, examples):
     scores, details = examine(examples, jnp.arange(SIZE))
-    jax.tree.map(np.testing.assert_array_equal, scores, score(examples, jnp.arange(SIZE)))
     assert details.latent_kl.shape == (3, SIZE)
     np.testing.assert_allclose(details.latent_kl.sum(0), scores.kl, rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 22, 23, 1000])
-def test_chunks_do_not_change_the_diagnostics(examine, examples, chunk_size):
-    _, whole = examine(examples, jnp.arange(SIZE))
-    _, chunked = evaluation.over_split(examine, examples, chunk_size=chunk_size)
-    whole, chunked = evaluation.diagnostics(whole), evaluation.diagnostics(chunked)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), chunked, whole)
-    assert all(leaf.dtype in (np.float64, np.int64) for leaf in jax.tree.leaves(whole))
 
 
 def test_diagnostics_keep_the_axes_of_sweep_members(examine, examples):
@@ -207,8 +195,8 @@ def test_diagnostics_of_the_exact_posterior_are_healthy_and_in_closed_form():
     assert evaluation.diagnosis(found) == "calibrated"
 
 
-@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
-def test_a_wrong_sigma_shows_in_its_closed_form_optimum_and_in_scipys_coverage(factor):
+@pytest.mark.parametrize("factor", [0.4, 3.0])
+def test_a_wrong_sigma_shows_in_sigma_factor_and_coverage(factor):
     scores, details = examined(*linear(SIGMA * factor))
     found, n = evaluation.diagnostics(details), len(POINTS)
     np.testing.assert_allclose(
@@ -227,7 +215,7 @@ def terms_of(mean, stddev, posterior_mean=None):
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.5, 0.3), (0.5, -1.0)])
-def test_residuals_of_a_vector_of_sigmas_have_the_moments_and_the_coverage_that_scipy_says(scale, shift):
+def test_residuals_of_a_vector_of_sigmas_are_scipys(scale, shift):
     rng, shape = np.random.default_rng(0), (400, 5, 6, 1)
     mean, noise = rng.normal(size=(2, *shape)).astype(np.float32)
     stddev = rng.uniform(0.01, 3.0, shape).astype(np.float32)
@@ -248,7 +236,7 @@ def test_residuals_of_a_vector_of_sigmas_have_the_moments_and_the_coverage_that_
     np.testing.assert_allclose(found.sigma_factor, np.hypot(found.residual_mean, found.residual_stddev), rtol=1e-6)
 
 
-def test_active_units_have_a_posterior_mean_with_a_variance_above_a_hundredth():
+def test_active_units_have_a_variance_above_a_hundredth():
     rng = np.random.default_rng(0)
     means = rng.permuted(np.linspace(-1.0, 1.0, 5000)[:, None].repeat(5, 1), axis=0) * np.sqrt(3.0)
     means = means * np.sqrt([0.0, 0.009, 0.011, 1.0, 0.0])[None] + [5.0, 50.0, -50.0, 0.0, 0.2]
@@ -261,7 +249,7 @@ def test_active_units_have_a_posterior_mean_with_a_variance_above_a_hundredth():
     ("variances", "directions"),
     [([0.3, 0.0, 0.0], 1), ([0.0, 0.0, 0.0], 0), ([0.009, 0.011, 1.0], 2), ([0.5, 0.5, 2.0], 3)],
 )
-def test_active_directions_are_those_of_any_rotation_where_active_units_are_not(variances, directions):
+def test_active_directions_do_not_depend_on_the_rotation_as_active_units_do(variances, directions):
     rng = np.random.default_rng(0)
     white = rng.standard_normal((500, 3))
     white = np.linalg.qr(white - white.mean(0))[0] * np.sqrt(500)  # covariance exactly one
@@ -278,7 +266,7 @@ def test_active_directions_are_those_of_any_rotation_where_active_units_are_not(
         assert max(units) > directions
 
 
-@pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.learned_scalar, likelihoods.optimal])
+@pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.optimal])
 def test_floor_fraction_counts_the_sigmas_that_lie_at_the_heads_floor(head):
     vae, x = linear()[0]._replace(likelihood=likelihoods.discretised(head(1e-6, floor=0.3))), POINTS[:8]
     channels = jnp.array([0.0, -9.0]) if head is likelihoods.learned_vector else jnp.zeros(1)
@@ -425,17 +413,17 @@ def test_laplacian_energy_ignores_slopes_and_grows_with_noise_and_frequency():
         evaluation.laplacian_energy(jnp.zeros((1, 2, 9, 1)))
 
 
-def test_sharpness_is_one_for_the_originals_below_for_blurred_and_above_for_noisy_images():
-    originals = jax.random.uniform(jax.random.key(0), (8, 16, 16, 1))
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    sharpness, rng = jax.jit(evaluation.sharpness), np.random.default_rng(0)
+    originals = rng.uniform(size=(8, 16, 16, 1)).astype(np.float32)
     blurs = [ndimage.gaussian_filter(originals, (0, width, width, 0)) for width in (0.4, 0.8, 1.6)]
-    ratios = [float(evaluation.sharpness(jnp.array(images), originals)) for images in [originals, *blurs]]
+    ratios = [float(sharpness(images, originals)) for images in [originals, *blurs]]
     assert ratios[0] == 1.0
     assert all(more > 1.5 * less for more, less in itertools.pairwise(ratios))
-    noise = jax.random.normal(jax.random.key(1), originals.shape)
-    variance = float(jnp.var(originals))
-    noisy = evaluation.sharpness(originals + np.sqrt(variance) * noise, originals)
-    np.testing.assert_allclose(noisy, 2.0, rtol=0.1)  # white noise on white noise of the same variance
-    np.testing.assert_allclose(evaluation.sharpness(0.5 * originals[:3], originals[:3]), 0.25, rtol=1e-6)
+    noisy = originals + np.std(originals) * rng.normal(size=originals.shape).astype(np.float32)
+    # White noise on white noise of the same variance.
+    np.testing.assert_allclose(sharpness(noisy, originals), 2.0, rtol=0.1)
+    np.testing.assert_allclose(sharpness(0.5 * originals, originals), 0.25, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3])
