@@ -153,7 +153,9 @@ def check(config: Config, **places: Any) -> None:
     if config.discretise and (config.dataset == "toy" or config.dequantize):
         raise command.UsageError("--discretise is for images that are not dequantised: leave out one of the two")
     if config.evidence and (config.dataset != "toy" or config.latent_size > 2):
-        raise command.UsageError("--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere")
+        raise command.UsageError(
+            "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
+        )
     if config.num_importance_samples < 0:
         raise command.UsageError(
             f"--num_importance_samples={config.num_importance_samples}: must be 0, for none, or more"
