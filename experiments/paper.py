@@ -8,9 +8,9 @@ it was stopped, runs no finished part again, and writes the report anew.
 
 | scale | sphere | toy, toy_plain | digits | MNIST | CelebA |
 |---|---|---|---|---|---|
-| smoke | 1 seed, 20 steps | 2 seeds, 20 steps | 2 seeds, 1,000 steps | | |
+| smoke | 1 seed, 20 steps | 2 seeds, 20 steps | 2 seeds, 1,500 steps | | |
 | cpu | 2 seeds, 2,000 steps | 10 seeds, 3,000 steps | | 2 seeds, 2 epochs | |
-| full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,000 steps | 10 seeds, 1,000 epochs | 200 epochs |
+| full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,500 steps | 10 seeds, 1,000 epochs | 200 epochs |
 
 On two idle cores of an AMD EPYC CPU smoke took 75 seconds and cpu, with one seed of the sphere and without toy_plain,
 43 minutes; beside much other work on a slower machine, 2 and 100 minutes. full is for an accelerator.

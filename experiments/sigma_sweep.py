@@ -67,7 +67,7 @@ class Config(NamedTuple):
 
 # The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
 IMAGE_DEFAULTS: dict[str, Any] = {"num_steps": 600, "latent_size": 256, "widths": (32, 64, 64), "num_blocks": 4}
-DIGITS_DEFAULTS: dict[str, Any] = {"num_steps": 1000, "latent_size": 16, "widths": (16, 32), "num_blocks": 1}
+DIGITS_DEFAULTS: dict[str, Any] = {"num_steps": 1500, "latent_size": 16, "widths": (16, 32), "num_blocks": 1}
 CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
 CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
