@@ -1,17 +1,41 @@
-"""What all tests share: strict ranks, and which tests need a download.
+"""What all tests share: strict ranks, runs that several files read, and which tests wait for archives.
 
 Only scalars broadcast without being told to: an accidental [B] against [B, B] is an error, not a wrong number.
 """
 
 import ast
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Most of a test's time is compilation: the tests compile a thousand programs, and run each for milliseconds. XLA hardly
+# optimises them, and compiles none twice; nor in the processes that tests start. A worker has a cache of its own, for
+# files in it are not written at once. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that users run.
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "true"),
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+os.environ |= QUICK
+jax.config.update("jax_disable_most_optimizations", QUICK["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true")
+jax.config.update("jax_compilation_cache_dir", QUICK["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+ROOT = Path(__file__).parents[1]
 ARCHIVES = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
@@ -25,6 +49,10 @@ def pytest_configure():
     missing = [name for name in ARCHIVES if folder and not Path(folder, name).is_file()]
     if missing:
         raise pytest.UsageError(f"MNIST_ARCHIVES={folder} lacks {', '.join(missing)}: give the folder, or unset it")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(QUICK["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_report_header():
@@ -45,3 +73,79 @@ def pytest_collection_modifyitems(config, items):
     deselected = [item for item in items if item.get_closest_marker("mnist")]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="module")
+def plain_sweep():
+    """A sweep's figures and the limits of the toy take longer than the training of a small one."""
+    from experiments import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw", "add_toys_limits"):
+            patch.setattr(report, name, lambda *arguments, **options: None)
+        yield
+
+
+@pytest.fixture
+def call():
+    """call(module, words) does in this process what the experiment's command does with these words."""
+
+    def call(module, words):
+        module.define_flags()
+        flags.FLAGS([module.__name__, *words])
+        module.main()
+
+    with flagsaver.flagsaver():  # which forgets the flags
+        yield call
+
+
+def run_command(module, *words):
+    """The finished process of a command, `python -m module words`."""
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+class Run(NamedTuple):
+    """A finished run of a command, to be read and never to be changed: its directory, its flags, what it printed."""
+
+    path: Path
+    flags: tuple[str, ...]
+    stdout: str
+    stderr: str
+
+
+def once(tmp_path_factory, name, make):
+    """The folder `name` that `make(folder)` has filled, once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    done, failed = folder / "done", folder / "failed"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not done.exists():
+            assert not failed.exists(), f"{name}: the other worker that makes it has failed"
+            time.sleep(0.1)
+        return folder
+    try:
+        make(folder)
+        done.touch()
+    except BaseException:
+        failed.touch()
+        raise
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """A finished run of the sweep's command, of every variant on the toy."""
+    words = ("--sigma=1,0.1", "--variants=f,ls,lv,optimal,f_star,replay,geometric,kl_warmup", "--num_seeds=2")
+    words += ("--seed=3", "--num_steps=40", "--batch_size=20", "--widths=32", "--num_blocks=1", "--ema_decay=0.9")
+
+    def make(folder):
+        result = run_command("experiments.sigma_sweep", *words, f"--run_dir={folder / 'run'}")
+        assert result.returncode == 0, result.stderr
+        for name in ("stdout", "stderr"):
+            (folder / name).write_text(getattr(result, name))
+
+    folder = once(tmp_path_factory, "toy_run", make)
+    return Run(folder / "run", words, (folder / "stdout").read_text(), (folder / "stderr").read_text())
