@@ -49,12 +49,11 @@ def _tests(name: str, *functions: str) -> tuple[str, ...]:
 
 
 # What takes its time: it trains something or starts a command, or is one of many such
-COMPARES, FOLLOWS, WARMED, OPTIONS, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tests(
+COMPARES, FOLLOWS, WARMED, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tests(
     "sigma_sweep",
     "the_command_compares_all_variants",
     "those_that_follow_an_ls_run_follow_that_of_their_seed",
     "a_kl_warmed_up_is_larger_and_its_elbo_is_still_one",
-    "options_of_training_reach_the_result",
     "images_train_on_the_train_split_and_are_judged_on_the_test_split",
     "bad_input_gets_one_line_and_nothing_is_written",
     "a_sigma_that_does_not_fit_is_refused",
@@ -86,7 +85,6 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
 )
 SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped_and_any_features_will_do", "flags_that_make_no_sense")
 ITS_OWN = "-m slow tests/test_quality.py::test_samples_are_a_member_s_own"
-DEVICES = "-m slow tests/test_devices.py::test_no_two_examples_draw_the_same_noise_and_no_device_its_own"
 
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
@@ -128,10 +126,7 @@ MUTANTS = [
     Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
     Mutant("beta_ignored", TRAINING, "jnp.mean(weight * terms.kl", "jnp.mean(terms.kl"),
     Mutant("schedule_late", TRAINING, 'params["likelihood"], step,', 'params["likelihood"], state.step,'),
-    Mutant("average_unused", TRAINING, "self.params if self.ema is None else self.ema", "self.params", OPTIONS),
-    Mutant(
-        "devices_draw_alike", TRAINING, "else len(x) * jax.lax.axis_index(", "else 0 * jax.lax.axis_index(", DEVICES
-    ),
+    Mutant("average_unused", TRAINING, "self.params if self.ema is None else self.ema", "self.params"),
     Mutant(
         "last_chunk_dropped", EVALUATION, "range(0, size, chunk_size)", "range(0, size - chunk_size + 1, chunk_size)"
     ),
