@@ -86,17 +86,12 @@ def plain_sweep():
         yield
 
 
-@pytest.fixture
-def call():
-    """call(module, words) does in this process what the experiment's command does with these words."""
-
-    def call(module, words):
+def call(module, words):
+    """Does in this process what the command of an experiment's module does with these words, and forgets its flags."""
+    with flagsaver.flagsaver():
         module.define_flags()
         flags.FLAGS([module.__name__, *words])
         module.main()
-
-    with flagsaver.flagsaver():  # which forgets the flags
-        yield call
 
 
 def run_command(module, *words):

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
-from conftest import run_command
+from conftest import call, run_command
 
 from experiments import command, generate, loop, report, sigma_sweep
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
@@ -126,7 +126,7 @@ def test_evidence_and_importance_bound(tmp_path):
     assert member["evidence_error"] < 1e-3
 
 
-def test_finished_run_is_only_reported(toy_run, call, tmp_path, monkeypatch, capsys):
+def test_finished_run_is_only_reported(toy_run, tmp_path, monkeypatch, capsys):
     run_dir = shutil.copytree(toy_run.path, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
     monkeypatch.delattr(sigma_sweep, "train_all")
@@ -436,7 +436,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_refused(call, words, tmp_path):
+def test_bad_input_is_refused(words, tmp_path):
     run_dir = tmp_path / "run"
     with pytest.raises((command.UsageError, datasets.DatasetError, runs.RunError)) as error:
         call(sigma_sweep, [f"--run_dir={run_dir}", *words.split()])
