@@ -17,9 +17,9 @@ CASES = {name: (make, toy.SHAPE) for name, make in likelihoods.HEADS.items()} | 
     "discretised": (lambda sigma: likelihoods.discretised(likelihoods.learned_vector(sigma)), (4, 4, 1)),
 }
 GOLDEN = {
-    "f": -7.92550,
+    "f": -7.925502,
     "ls": -6.77318,
-    "lv": -7.95482,
+    "lv": -7.954817,
     "optimal": -3.46621,
     "scheduled": -183.96593,
     "discretised": -101.10865,
@@ -55,10 +55,10 @@ def trained(make, shape):
 def test_training_gives_the_golden_number(name):
     assert name in CASES, f"{name} is gone: take it out of GOLDEN"
     elbo = trained(*CASES[name])
-    assert name in GOLDEN, f'{name} has no golden number: add "{name}": {elbo:.5f} to GOLDEN'
-    # Other versions of jax and other CPUs round otherwise; five steps make little more of that.
-    assert elbo == pytest.approx(GOLDEN[name], rel=1e-4), (
-        f"{name} trains to {elbo:.5f} nats, not {GOLDEN[name]:.5f}. The numbers of every run have changed, by the "
+    assert name in GOLDEN, f'{name} has no golden number: add "{name}": {elbo:.6f} to GOLDEN'
+    # CPUs with other instructions differ by 2e-7; a learning rate 1 % off makes 2e-5.
+    assert elbo == pytest.approx(GOLDEN[name], rel=1e-5), (
+        f"{name} trains to {elbo:.6f} nats, not {GOLDEN[name]:.6f}. The numbers of every run have changed, by the "
         "optimiser, the streams of random keys, the initialisation, the networks or the density. If that is what you "
         "want, say so in the commit, put this number into GOLDEN, and print those of the README and RESULTS.md again."
     )
