@@ -1,28 +1,20 @@
 """The hypersphere experiment, end to end: its numbers beside Theorem 1's by scipy, and given nonsense."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import call, run_command
 from scipy import optimize, special
 
 from experiments import command, hypersphere, loop
 from lvae_jax import datasets, likelihoods, networks, runs, theory
 from lvae_jax import vae as vae_lib
 
-ROOT = Path(__file__).parents[1]
-SMALL = hypersphere.Config(dims=(2, 3), sigma=(0.3, 1.3), radius=2.0, num_seeds=1, seed=3, num_steps=20, batch_size=20)
-
-
-def run_command(*arguments):
-    words = [sys.executable, "-m", "experiments.hypersphere", *arguments]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+SMALL = hypersphere.Config(dims=(3,), sigma=(0.3, 1.3), radius=2.0, num_seeds=1, seed=3, num_steps=20, batch_size=20)
 
 
 def compute(config, run_dir):
@@ -59,31 +51,21 @@ def assert_not_better_than_theory(member, radius):
 def small_run(tmp_path_factory):
     """A finished run of SMALL by the command, and what it printed."""
     run_dir = tmp_path_factory.mktemp("hypersphere") / "run"
-    result = run_command(
-        "--dims=2,3",
-        "--sigma=0.3,1.3",
-        "--radius=2",
-        "--num_seeds=1",
-        "--seed=3",
-        "--num_steps=20",
-        "--batch_size=20",
-        f"--run_dir={run_dir}",
-    )
+    words = ["--dims=3", "--sigma=0.3,1.3", "--radius=2", "--num_seeds=1", "--seed=3", "--num_steps=20"]
+    result = run_command("experiments.hypersphere", *words, "--batch_size=20", f"--run_dir={run_dir}")
     assert result.returncode == 0, result.stderr
     return run_dir, result
 
 
-def test_the_command_puts_theory_beside_trained_models(small_run):
+def test_command(small_run):
     run_dir, result = small_run
     summary = json.loads((run_dir / "summary.json").read_text())
     members = summary["members"]
-    assert [(m["dim"], m["variant"], m["seed"]) for m in members] == [
-        (dim, variant, 3) for dim in (2, 3) for variant in ("f", "f", "ls", "ls")
-    ]
+    assert [(m["dim"], m["variant"], m["seed"]) for m in members] == [(3, v, 3) for v in ("f", "f", "ls", "ls")]
+    critical = 2.0 / np.sqrt(3)
     for member in members:
-        dim, sigma = member["dim"], member["sigma"]
-        critical = 2.0 / np.sqrt(dim)
-        radius, elbo = theorem(sigma, 2.0, dim)
+        sigma = member["sigma"]
+        radius, elbo = theorem(sigma, 2.0, 3)
         assert member["relative_sigma"] == pytest.approx(sigma / critical)
         assert member["exact_radius"] == pytest.approx(radius, rel=1e-4)
         assert member["exact_elbo"] == pytest.approx(elbo, rel=1e-4)
@@ -93,11 +75,8 @@ def test_the_command_puts_theory_beside_trained_models(small_run):
         assert_not_better_than_theory(member, 2.0)
         assert member["radius"] > 0.0
         assert member["posterior_radius"] > 0.0
-    for dim in (2, 3):
-        starts = [member["start"] for member in members if member["dim"] == dim]
-        np.testing.assert_allclose(starts, [0.3, 1.3, np.sqrt(dim), 0.5])
-        fixed = [member["relative_sigma"] for member in members if member["dim"] == dim][:2]
-        np.testing.assert_allclose(fixed, [0.3, 1.3], rtol=1e-6)
+    np.testing.assert_allclose([member["start"] for member in members], [0.3, 1.3, np.sqrt(3), 0.5])
+    np.testing.assert_allclose([member["relative_sigma"] for member in members[:2]], [0.3, 1.3], rtol=1e-6)
     for row in summary["rows"]:
         for name in ("radius", "elbo", "exact_radius", "exact_elbo", "kl"):
             assert f"{row[name]:.4f}" in result.stdout
@@ -107,11 +86,11 @@ def test_the_command_puts_theory_beside_trained_models(small_run):
     for name in ("objective", "radius"):
         assert (run_dir / "figures" / f"{name}.png").stat().st_size > 10_000
     lines = runs.read_metrics(run_dir)
-    assert len(lines) == 8 * 20
-    assert {line["group"] for line in lines} == {"f-2", "ls-2", "f-3", "ls-3"}
+    assert len(lines) == 4 * 20
+    assert {line["group"] for line in lines} == {"f-3", "ls-3"}
 
 
-def test_a_finished_run_is_only_reported_again_and_takes_no_other_flags(small_run, monkeypatch):
+def test_finished_run_is_only_reported(small_run, monkeypatch):
     run_dir, first = small_run
     before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
     monkeypatch.delattr(hypersphere, "train_all")
@@ -126,12 +105,12 @@ def test_a_finished_run_is_only_reported_again_and_takes_no_other_flags(small_ru
     assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(small_run, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     append = runs.append_metrics
 
     def interrupted(run_dir, lines):
-        if lines[0]["group"] == "ls-2" and lines[0]["step"] > 10:
+        if lines[0]["group"] == "ls-3" and lines[0]["step"] > 10:
             raise KeyboardInterrupt
         append(run_dir, lines)
 
@@ -145,7 +124,27 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(small_run, tmp_path, mon
     assert runs.read_metrics(tmp_path) == runs.read_metrics(small_run[0])
 
 
-def test_no_steps_draw_the_exact_figures_alone(tmp_path):
+def test_every_sphere_is_trained(tmp_path, monkeypatch):
+    """With every sigma and seed, in units of its own critical sigma; without the training itself."""
+    trained = []
+
+    def evaluate(variant, group, programs, states, dataset, radius):
+        trained.append((group.name, dataset.shape, radius, group.seeds.tolist(), group.sigmas.tolist()))
+        return []
+
+    monkeypatch.setattr(loop, "compile_programs", lambda *arguments, **options: None)
+    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: (None, None))
+    monkeypatch.setattr(hypersphere, "evaluate", evaluate)
+    compute(SMALL._replace(dims=(2, 5), num_seeds=2), tmp_path)
+    for dim, (f, ls) in zip((2, 5), (trained[:2], trained[2:]), strict=True):
+        assert f[:-1] == (f"f-{dim}", (dim,), 2.0, [3, 4, 3, 4])
+        assert ls[:-1] == (f"ls-{dim}", (dim,), 2.0, [3, 4, 3, 4])
+        critical = 2.0 / np.sqrt(dim)
+        np.testing.assert_allclose(f[-1], np.array([0.3, 0.3, 1.3, 1.3]) * critical)
+        np.testing.assert_allclose(ls[-1], [2.0, 2.0, 0.5 * critical, 0.5 * critical])
+
+
+def test_no_steps_draw_exact_figures(tmp_path):
     summary, text = compute(hypersphere.Config(num_steps=0), tmp_path / "run")
     assert summary["rows"] == summary["members"] == []
     assert "nothing was trained (--num_steps=0)" in text
@@ -154,9 +153,8 @@ def test_no_steps_draw_the_exact_figures_alone(tmp_path):
         assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("radius", [1.0, 3.0])
-@pytest.mark.parametrize("dim", [2, 3, 10])
-def test_the_drawn_curves_are_theorem_1_s_on_the_sphere_of_any_radius(dim, radius):
+@pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 3.0), (10, 3.0)])
+def test_curves_are_theorem_1_s(dim, radius):
     member = {"dim": dim, "variant": "f", "relative_sigma": 0.5, "radius": 2.4, "elbo": -1.5}
     drawn = hypersphere.exact(dim, hypersphere.Config(radius=radius), [member])
     inner = drawn.sigma[::25]
@@ -174,7 +172,7 @@ def test_the_drawn_curves_are_theorem_1_s_on_the_sphere_of_any_radius(dim, radiu
     np.testing.assert_allclose([sigmas[0], radii[0], elbos[0]], [0.5, 2.4 / radius, -1.5])
 
 
-def test_rows_are_means_over_seeds_with_numpys_standard_deviations():
+def test_rows_are_numpy_s_means_over_seeds():
     rng = np.random.default_rng(0)
     names = ("sigma", "relative_sigma", "radius", "posterior_radius", "exact_radius", "elbo", "exact_elbo", "kl")
     members = [
@@ -225,7 +223,7 @@ def test_rows_are_means_over_seeds_with_numpys_standard_deviations():
         ({"seed": 2**31 - 1}, "--seed=2147483647: must be from 0"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(tmp_path, change, message):
+def test_nonsense_is_refused(tmp_path, change, message):
     with pytest.raises(command.UsageError, match=message) as error:
         compute(SMALL._replace(**change), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -233,25 +231,30 @@ def test_nonsense_is_refused_in_one_line(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("words", "message"),
     [
         ("--dims=two", "--dims=two: every value must be a whole number"),
         ("--dims=1", "--dims=1: give dimensions from 2 on"),
         ("--sigma=0.3,0.3", "--sigma=0.3,0.3: give numbers"),
-        ("--num_steps=many", "num_steps"),
     ],
 )
-def test_the_command_ends_in_one_line(tmp_path, argument, message):
-    result = run_command(argument, f"--run_dir={tmp_path / 'run'}")
+def test_bad_flags(tmp_path, words, message):
+    with pytest.raises(command.UsageError, match=message):
+        call(hypersphere, [words, f"--run_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_ends_in_one_line(tmp_path):
+    result = run_command("experiments.hypersphere", "--dims=1", f"--run_dir={tmp_path / 'run'}")
     assert result.returncode != 0
-    assert message in result.stderr
+    assert "--dims=1: give dimensions from 2 on" in result.stderr
     assert result.stderr.startswith("hypersphere: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_trained_models_find_the_radius_below_the_critical_sigma_and_lose_it_above(tmp_path):
+def test_trained_radius(tmp_path):
     config = hypersphere.Config(dims=(2,), sigma=(0.3, 1.3), num_seeds=1, num_steps=1500)
     members = compute(config, tmp_path / "run")[0]["members"]
     below, above = members[:2]
@@ -265,7 +268,7 @@ def test_trained_models_find_the_radius_below_the_critical_sigma_and_lose_it_abo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("relative_sigma", [0.5, 0.85])
-def test_with_the_exact_posterior_the_radius_is_theorem_1_s(relative_sigma):
+def test_radius_with_exact_posterior(relative_sigma):
     """A decoder trained on log p(x) by quadrature, which has no Gaussian posterior to suffer from."""
     sigma, steps, circle = relative_sigma * theory.critical_sigma(dim=2), 1500, datasets.sphere_stream(2)
     decoder = networks.mlp_decoder((2,), 1, 1, width=64, num_blocks=2)

@@ -3,18 +3,17 @@ are those of its trained members."""
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import call, run_command
 
 from experiments import command, generate, quality, report, sigma_sweep
 from lvae_jax import datasets, generation, images, runs
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("plain_sweep")
+
 TRAIN, TEST = images.fake_images((12, 12, 1))
 CONFIG = sigma_sweep.configure(
     dataset="mnist",
@@ -31,8 +30,8 @@ CONFIG = sigma_sweep.configure(
 
 
 def classes(array):
-    """Dark, middle or bright."""
-    return np.digitize(array.mean(axis=(1, 2, 3)), [110, 145]).astype(np.int32)
+    """1 for dark images, 2 for middle ones, 0 for bright ones."""
+    return np.array([1, 2, 0], np.int32)[np.digitize(array.mean(axis=(1, 2, 3)), [110, 145])]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def run_dir(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def classifier():
-    return quality.train_classifier(jax.random.key(0), TRAIN, classes(TRAIN), num_steps=300, batch_size=32)
+    return quality.train_classifier(jax.random.key(0), TRAIN, classes(TRAIN), num_steps=200, batch_size=32)
 
 
 def run(run_dir, **options):
@@ -67,14 +66,12 @@ def run(run_dir, **options):
 SEEN = np.asarray(datasets.to_float(TEST))
 
 
-def test_the_classifier_learns_what_it_is_told(classifier):
+def test_classifier_learns(classifier):
     assert np.bincount(classes(TEST)).min() > 20
     assert np.mean(classifier.classify(SEEN) == classes(TEST)) > 0.9
-    told = quality.train_classifier(jax.random.key(0), TRAIN, 2 - classes(TRAIN), num_steps=300, batch_size=32)
-    assert np.mean(told.classify(SEEN) == 2 - classes(TEST)) > 0.9
 
 
-def test_the_classifier_is_a_function_of_its_key():
+def test_classifier_is_a_function_of_its_key():
     one, again, other = (
         quality.train_classifier(jax.random.key(seed), TRAIN, classes(TRAIN), num_steps=3).features(SEEN)
         for seed in (0, 0, 1)
@@ -83,7 +80,7 @@ def test_the_classifier_is_a_function_of_its_key():
     assert np.abs(one - other).max() > 1e-3
 
 
-def test_features_are_an_image_s_own(classifier):
+def test_features_are_the_image_s_own(classifier):
     features = classifier.features(SEEN)
     assert features.shape == (128, 64)
     np.testing.assert_allclose(classifier.features(SEEN[5:8]), features[5:8], rtol=1e-5, atol=1e-5)
@@ -97,7 +94,7 @@ def test_labels_that_do_not_fit(labels):
         quality.train_classifier(jax.random.key(0), TRAIN, labels, num_steps=1)
 
 
-def test_the_more_noise_the_worse(classifier):
+def test_noise_worsens_scores(classifier):
     real = classifier.features(SEEN)
     noise = np.random.default_rng(0).normal(size=SEEN.shape).astype(np.float32)
     scores = [quality.score(classifier.features, real, SEEN + stddev * noise) for stddev in (0.0, 0.1, 0.3, 1.0)]
@@ -109,7 +106,7 @@ def test_the_more_noise_the_worse(classifier):
     assert scores[3]["recall"] < 1.0
 
 
-def test_images_are_clipped_and_any_features_will_do():
+def test_images_are_clipped():
     shown = np.clip(3.0 * SEEN - 1.0, 0.0, 1.0)
     score = quality.score(corner, corner(SEEN), 3.0 * SEEN - 1.0)
     assert score["classifier_frechet_distance"] == generation.frechet_distance(corner(SEEN), corner(shown))
@@ -121,7 +118,7 @@ def corner(x):
 
 
 @pytest.mark.slow
-def test_rows_are_the_means_of_members_and_the_yardstick_comes_first(run_dir, generators, monkeypatch):
+def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
     monkeypatch.setattr(
         quality,
         "train_classifier",
@@ -153,7 +150,7 @@ def generators(finished):
 
 
 @pytest.mark.slow
-def test_samples_are_a_member_s_own(generators, finished):
+def test_samples_are_the_member_s_own(generators, finished):
     """Their distance to the means is the member's sigma, which the summary has."""
     all_means = {}
     for member in finished[1]["members"]:
@@ -169,7 +166,7 @@ def test_samples_are_a_member_s_own(generators, finished):
         assert same in ([name], [f"ls-{name[-1]}", f"replay-{name[-1]}"]), "replaying sigma(t) may repeat the LS-VAE"
 
 
-def test_a_scored_run_is_reported_again_and_never_overwritten(run_dir, monkeypatch):
+def test_scored_run_is_only_reported(run_dir, monkeypatch):
     monkeypatch.setattr(quality, "generators", lambda path, config, summary: fakes(config.variants))
     first = run(run_dir, classifier_steps=2)
     monkeypatch.setattr(datasets, "load", None)
@@ -212,7 +209,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
+def test_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
     """Said before the classifier is trained; nothing is written."""
     spoil, message = FAULTS[fault]
     spoil(run_dir)
@@ -223,19 +220,23 @@ def test_a_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
     assert not (run_dir / "quality.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--run_dir: give the directory of a finished run"),
-        (["--run_dir=.", "--classifier_steps=0"], "--classifier_steps=0: must be at least 1"),
-        (["--run_dir=.", "--sigma=0.1"], "Unknown command line flag 'sigma'"),
-        (["--run_dir=."], "flags.json cannot be read"),
-    ],
-)
-def test_flags_that_make_no_sense(arguments, message, tmp_path):
-    words = [sys.executable, "-m", "experiments.quality", *arguments]
-    result = subprocess.run(words, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+BAD_FLAGS = {
+    "": "--run_dir: give the directory of a finished run",
+    "--run_dir=. --classifier_steps=0": "--classifier_steps=0: must be at least 1",
+    "--run_dir=.": "flags.json cannot be read",
+}
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_bad_flags(words):
+    with pytest.raises((command.UsageError, runs.RunError), match=BAD_FLAGS[words]) as error:
+        call(quality, words.split())
+    assert "\n" not in str(error.value)
+
+
+def test_command_ends_in_one_line(tmp_path):
+    result = run_command("experiments.quality", f"--run_dir={tmp_path}")
     assert result.returncode == 1
-    assert message in result.stderr
+    assert "flags.json cannot be read" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
