@@ -1,9 +1,11 @@
-"""The layout and the public names: who imports whom, what importing costs, and what every signature promises."""
+"""The layout and the public names: who imports whom, and what every signature and docstring promises."""
 
 import ast
+import doctest
+import importlib
 import inspect
-import subprocess
-import sys
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -62,30 +64,69 @@ def test_files_import_only_from_the_levels_above(module):
     )
 
 
-def test_importing_the_library_is_light():
-    code = "import sys, lvae_jax; print(*sys.modules)"
-    modules = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    )
-    assert "flax.linen" in modules
-    heavy = {"tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "scipy.stats", "tqdm", "PIL"}
-    assert not heavy & modules
+def public_functions():
+    """(dotted name, function) of all public functions of the library."""
+    for name in LEVELS:
+        module = importlib.import_module(f"lvae_jax.{name}")
+        for function_name, function in inspect.getmembers(module, inspect.isfunction):
+            if not function_name.startswith("_") and function.__module__ == module.__name__:
+                yield f"{name}.{function_name}", function
 
 
-FUNCTIONS = [name for name in lvae_jax.__all__ if inspect.isfunction(getattr(lvae_jax, name))]
+FUNCTIONS = dict(public_functions())
+EXPORTED = [getattr(lvae_jax, name) for name in lvae_jax.__all__ if inspect.isfunction(getattr(lvae_jax, name))]
+INFORMATION = r"elbo|log_prob|entropy|kl_|bound|evidence|objective"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_signatures(name):
-    function = getattr(lvae_jax, name)
-    parameters = list(inspect.signature(function).parameters.values())
+def test_a_docstring_says_what_the_signature_does_not(name):
+    function, module = FUNCTIONS[name], importlib.import_module(f"lvae_jax.{name.partition('.')[0]}")
     assert function.__doc__
+    signature = inspect.signature(function)
+    for parameter in (*signature.parameters.values(), signature.return_annotation):
+        annotation = str(getattr(parameter, "annotation", parameter))
+        bare = re.sub(r"(jaxtyping\.)?\w+\[(\w+\.)*(Array|ndarray), '[^']*'\]", "", annotation)
+        if re.search(r"\b(Array|ndarray)\b", bare):
+            assert re.search(r"\[[^\]]*\]", function.__doc__), f"{parameter}: its shape, by jaxtyping or as [B, *S]"
+    if re.search(INFORMATION, name) and not name.startswith("figures."):
+        said = re.search(r"\bnats\b", function.__doc__) or re.search(r"\bin nats\b", module.__doc__)
+        assert said, "the unit, here or for the whole module"
+    if re.search(r"^\s+raise \w+", inspect.getsource(function), re.MULTILINE):
+        assert "Raises:" in function.__doc__
+
+
+@pytest.mark.parametrize("function", EXPORTED, ids=lambda function: function.__name__)
+def test_signatures(function):
+    parameters = list(inspect.signature(function).parameters.values())
     assert function.__doc__.strip().endswith((".", ":", "`"))
     assert all(parameter.annotation is not parameter.empty for parameter in parameters)
     keys = [index for index, parameter in enumerate(parameters) if parameter.name in ("key", "keys")]
     assert keys in ([], [0]), "the key comes first"
-    options = [p for p in parameters if p.default is not p.empty and p.name != "sigma"]
+    options = [p for p in parameters[1:] if p.default is not p.empty]  # a head starts with its sigma
     assert all(p.kind is p.KEYWORD_ONLY for p in options), "options are keyword-only"
+
+
+def positional(function):
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
+
+
+def test_arguments_stand_in_one_order_everywhere():
+    """Where two functions share two arguments, both take them in the same order."""
+    first_seen, wrong = {}, []
+    for name, function in FUNCTIONS.items():
+        for pair in itertools.combinations(positional(function), 2):
+            first_seen.setdefault(pair, name)
+            if pair[::-1] in first_seen:
+                wrong.append((name, *pair, first_seen[pair[::-1]]))
+    assert len(first_seen) > 50
+    assert not wrong
+
+
+def test_examples_in_docstrings_are_there_to_run():
+    finder = doctest.DocTestFinder()
+    found = {test.name for name in FUNCTIONS for test in finder.find(FUNCTIONS[name], name) if test.examples}
+    assert {"theory.optimal_radius", "likelihoods.discretised", "evaluation.rate", "gaussians.kl_to_standard"} <= found
 
 
 def test_names_are_sorted_and_all_there():
