@@ -1,22 +1,20 @@
 """Where a fixed sigma stops a decoder from learning: the exact limit, linear VAEs trained to it, and the experiment."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import call, run_command
 
 from experiments import command, critical_sigma, sigma_sweep
 from lvae_jax import datasets, evaluation, likelihoods, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.networks import Network
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("plain_sweep")
 
 # Linear VAEs on Gaussian data, whose principal stddevs these are
 
@@ -84,7 +82,7 @@ def exact_terms(x, params, sigma):
 
 
 @pytest.mark.parametrize("index", range(len(SIGMAS)))
-def test_linear_vaes_reach_the_exact_limit_and_use_the_directions_above_sigma(linear_vaes, index):
+def test_linear_vaes_reach_the_limit(linear_vaes, index):
     x, params = linear_vaes[0], linear_vaes[1][index]
     sigma = float(SIGMAS[index])
     log_likelihood, kl = exact_terms(x, params, sigma)
@@ -101,7 +99,7 @@ def test_linear_vaes_reach_the_exact_limit_and_use_the_directions_above_sigma(li
     assert abs(draws.mean() - log_likelihood + kl) < 4.0 * draws.std() / np.sqrt(SIZE), "the bound is that of `elbo`"
 
 
-def test_above_the_critical_sigma_a_linear_vae_collapses_to_the_mean(linear_vaes):
+def test_collapse_above_the_critical_sigma(linear_vaes):
     x, params = linear_vaes[0], linear_vaes[1][-1]
     assert SIGMAS[-1] > STDDEVS[0]
     assert exact_terms(x, params, float(SIGMAS[-1]))[1] < 1e-3
@@ -118,7 +116,7 @@ def compute(config, run_dir, **options):
     return summary, "\n".join(lines)
 
 
-def test_the_toy_s_critical_sigma_is_the_one_of_its_equations(tmp_path):
+def test_critical_sigma_of_the_toy(tmp_path):
     summary, text = compute(critical_sigma.Config(dataset="toy", sigma=(0.5, 1.0, 3.0)), tmp_path / "run")
     n, noise = critical_sigma.STREAM_SIZE, np.mean(np.square(toy.NOISE))
     exact = np.sqrt([np.pi**2 / 3.0 + noise, 0.5 + noise])
@@ -179,7 +177,7 @@ def test_fake_images_beside_trained_vaes(fake_sweep, tmp_path):
         assert f"{theirs['elbo']:.4f}" in text
 
 
-def test_a_finished_run_is_of_the_files_it_has_seen(tmp_path):
+def test_finished_run_is_of_its_files(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for number in (1, 2, 3, 182638):
@@ -195,7 +193,7 @@ def test_a_finished_run_is_of_the_files_it_has_seen(tmp_path):
         compute(config, tmp_path / "run", **places)
 
 
-def test_by_default_the_sigmas_go_up_to_the_critical_one_and_a_finished_run_is_only_reported(tmp_path, monkeypatch):
+def test_default_sigmas(tmp_path, monkeypatch):
     summary, first = compute(FAKE, tmp_path / "run")
     sigmas = [row["sigma"] for row in summary["rows"]]
     assert sigmas[-1] == pytest.approx(summary["critical_sigma"])
@@ -223,7 +221,7 @@ def test_by_default_the_sigmas_go_up_to_the_critical_one_and_a_finished_run_is_o
         (FAKE, {"flags": None}, "cannot be read"),
     ],
 )
-def test_a_run_that_cannot_stand_beside_is_refused_in_one_line(fake_sweep, tmp_path, config, change, message):
+def test_unfit_comparison_is_refused(fake_sweep, tmp_path, config, change, message):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     for name in ("flags", "summary"):
@@ -248,7 +246,7 @@ def test_a_run_that_cannot_stand_beside_is_refused_in_one_line(fake_sweep, tmp_p
         ({"image_size": 28}, "--image_size is for CelebA"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(tmp_path, change, message):
+def test_nonsense_is_refused(tmp_path, change, message):
     with pytest.raises((command.UsageError, datasets.DatasetError), match=message) as error:
         compute(FAKE._replace(**change), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -256,18 +254,23 @@ def test_nonsense_is_refused_in_one_line(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--sigma=0.1,x"], "--sigma=0.1,x: every value must be a number"),
-        (["--dataset=toy", "--nonesuch"], "Unknown command line flag"),
-        (["--dataset=toy", "--compare=nowhere"], "no finished run there"),
+        ("--sigma=0.1,x", "--sigma=0.1,x: every value must be a number"),
+        ("--dataset=toy --compare=nowhere", "no finished run there"),
     ],
 )
-def test_the_command_ends_in_one_line(tmp_path, arguments, message):
-    words = [sys.executable, "-m", "experiments.critical_sigma", *arguments, f"--run_dir={tmp_path / 'run'}"]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def test_bad_flags(tmp_path, words, message):
+    with pytest.raises(command.UsageError, match=message):
+        call(critical_sigma, [*words.split(), f"--run_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_ends_in_one_line(tmp_path):
+    words = ["--dataset=toy", "--compare=nowhere", f"--run_dir={tmp_path / 'run'}"]
+    result = run_command("experiments.critical_sigma", *words)
     assert result.returncode != 0
-    assert message in result.stderr
+    assert "no finished run there" in result.stderr
     assert result.stderr.startswith("critical_sigma: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
