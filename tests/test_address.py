@@ -54,6 +54,13 @@ def test_address_is_nowhere_else():
     assert {file: n for file, text in texts.items() if (n := text.count(name_of(URL).encode()))} == PLACES
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_badge_opens_its_notebook(path):
+    text = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    link = f"https://colab.research.google.com/github/{name_of(URL)}/blob/main/colab/{path.name}"
+    assert f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})" in text
+
+
 def test_new_address_is_written_everywhere_and_nothing_else_changes(copy, capsys):
     move(copy, NEW)
     expected = {
