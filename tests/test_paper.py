@@ -1,27 +1,24 @@
-"""The paper's report: from made-up parts in a moment, and, marked slow, the smoke scale from end to end."""
+"""The paper's report: from made-up parts in a moment, and, marked slow, a small scale from end to end."""
 
+import contextlib
+import functools
+import importlib
 import io
 import json
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from conftest import call
 
-from experiments import command, hypersphere, page, paper, sigma_sweep
+from experiments import command, generate, hypersphere, page, paper, quality, sigma_sweep
 from experiments.report import VARIANTS
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_command(line, *arguments):
-    words = [sys.executable, *shlex.split(line)[1:], *arguments]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+from lvae_jax import runs
 
 
 class Reader(HTMLParser):
@@ -51,7 +48,7 @@ class Reader(HTMLParser):
             self.headings.append(data)
 
 
-def test_each_part_s_command_is_what_was_run():
+def test_command_of_each_part():
     line = paper.command_line(sigma_sweep.configure(dataset="mnist", sigma=(0.7071,), num_steps=7, fake_data=True))
     assert line == "python -m experiments.sigma_sweep --sigma=0.7071 --dataset=mnist --num_steps=7 --fake_data"
     line = paper.command_line(hypersphere.Config(dims=(3, 4), num_seeds=5))
@@ -59,7 +56,7 @@ def test_each_part_s_command_is_what_was_run():
     assert paper.command_line(sigma_sweep.Config()) == "python -m experiments.sigma_sweep"
 
 
-def test_every_scale_runs_every_variant_and_full_what_the_paper_ran():
+def test_scales():
     for parts in paper.SCALES.values():
         assert set(parts) <= set(paper.PARTS)
         assert parts["toy"].variants == tuple(VARIANTS)
@@ -69,7 +66,7 @@ def test_every_scale_runs_every_variant_and_full_what_the_paper_ran():
     assert paper.SCALES["full"]["celeb_a"].num_steps == 200 * -(-162_770 // 100)
 
 
-def test_a_page_needs_no_other_file():
+def test_page_needs_no_other_file():
     text = "# Title\n\n| a | b |\n| --- | --- |\n| 1 \\| 2 | < 3 |\n\n![one](figures/one.png)\n"
     reader = Reader(page.html(text, {"figures/one.png": b"\x89PNG"}))
     assert not reader.open, "every tag is closed"
@@ -78,7 +75,7 @@ def test_a_page_needs_no_other_file():
     assert reader.images == [{"alt": "one", "src": "data:image/png;base64,iVBORw=="}]
 
 
-def test_a_palette_keeps_the_colours_of_thin_lines(tmp_path):
+def test_palette_keeps_colours_of_thin_lines(tmp_path):
     pixels = np.random.default_rng(0).normal(128.0, 40.0, (200, 200, 3)).clip(0, 255).astype(np.uint8)
     pixels[:20] = np.eye(3, dtype=np.uint8)[np.arange(200) % 3] * 200  # a few of three pure hues
     (tmp_path / "toy" / "figures").mkdir(parents=True)
@@ -101,43 +98,52 @@ def test_cells_cannot_break_a_table():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, mnist"),
-        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, mnist"),
+        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, digits"),
+        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, digits"),
         ({"parts": []}, "--parts=: give some of"),
     ],
 )
-def test_parts_that_are_not_there_are_refused(tmp_path, options, message):
+def test_unknown_parts_are_refused(tmp_path, options, message):
     with pytest.raises(command.UsageError, match=message):
         paper.run("smoke", run_dir=str(tmp_path / "run"), **options)
     assert not (tmp_path / "run").exists()
 
 
-def test_somebody_else_s_folder_is_left_alone(tmp_path):
+def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(paper.runs.RunError, match="is not empty and not a run directory"):
+    with pytest.raises(runs.RunError, match="is not empty and not a run directory"):
         paper.run("smoke", run_dir=str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """What the command of the smoke scale leaves and prints."""
-    path = tmp_path_factory.mktemp("paper") / "run"
-    result = run_command("python -m experiments.paper --scale=smoke", f"--run_dir={path}")
-    assert result.returncode == 0, result.stderr
-    return path, result
+def smoke(toy_run, tmp_path_factory):
+    """What the command of the smoke scale leaves and prints, with the toy of `toy_run`, and of the rest a few steps."""
+    path, stdout = tmp_path_factory.mktemp("paper") / "run", io.StringIO()
+    parts = {"toy": generate.read_run(toy_run.path)[0]}
+    parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
+    for name in ("toy_plain", "digits"):
+        parts[name] = paper.SCALES["smoke"][name]._replace(num_steps=3)
+    runs.make_run(path, {"scale": "smoke"})
+    shutil.copytree(toy_run.path, path / "toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(paper.SCALES, "smoke", {name: parts[name] for name in paper.SCALES["smoke"]})
+        patch.setattr(quality, "run", functools.partial(quality.run, classifier_steps=10))
+        with contextlib.redirect_stdout(stdout):
+            call(paper, ["--scale=smoke", f"--run_dir={path}"])
+        yield path, stdout.getvalue()
 
 
 @pytest.mark.slow
-def test_the_smoke_scale_reports_every_claim(smoke):
-    path, result = smoke
+def test_report_has_every_claim(smoke):
+    path, printed = smoke
     text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
     reader = Reader(page_text)
     assert not reader.open
     for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Annealing"):
         assert f"### {name}: " in text
         assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
-        assert f"\n{name} " in result.stdout
+        assert f"\n{name} " in printed
     assert "its verdicts say nothing of the paper" in text
     for title in VARIANTS.values():
         assert f"| {page.literal(title)} | " in text
@@ -150,51 +156,58 @@ def test_the_smoke_scale_reports_every_claim(smoke):
 
 
 @pytest.mark.slow
-def test_finished_parts_are_not_run_again_and_their_commands_find_them(smoke):
+def test_finished_parts_are_found(smoke, monkeypatch, capsys):
+    """By the command of the scale and by that of each part."""
     path, _ = smoke
-    trained = {file: file.stat().st_mtime_ns for part in paper.SCALES["smoke"] for file in (path / part).rglob("*")}
+    before = {file: file.stat().st_mtime_ns for part in paper.SCALES["smoke"] for file in (path / part).rglob("*")}
     times = json.loads((path / "times.json").read_text())
-    again = run_command("python -m experiments.paper --scale=smoke", f"--run_dir={path}")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is finished") == 4
+    for module in (sigma_sweep, hypersphere):
+        monkeypatch.delattr(module, "train_all")
+    call(paper, ["--scale=smoke", f"--run_dir={path}"])
+    assert capsys.readouterr().out.count("is finished") == 4
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
-        alone = run_command(paper.command_line(config), f"--run_dir={path / name}")
-        assert alone.returncode == 0, alone.stderr
-        assert "is finished" in alone.stdout
-    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+        _, _, program, *words = shlex.split(paper.command_line(config))
+        call(importlib.import_module(program), [*words, f"--run_dir={path / name}"])
+        assert "is finished" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 @pytest.mark.slow
-def test_an_interrupted_scale_goes_on_where_it_was_to_the_same_report(smoke, tmp_path, monkeypatch):
-    path, _ = smoke
+def test_interrupted_scale(smoke, tmp_path, monkeypatch):
+    """It goes on where it was, to the same report."""
+    path = shutil.copytree(smoke[0], tmp_path / "run", ignore=shutil.ignore_patterns("report.*", "toy_plain"))
+    kept = {file: file.stat().st_mtime_ns for file in path.glob("*/*")}
     run_part, started = paper.run_part, []
 
     def interrupted(config, run_dir, *others):
         started.append(Path(run_dir).name)
-        if len(started) == 2:
+        if started[-1] == "toy_plain":
             raise KeyboardInterrupt
         run_part(config, run_dir, *others)
 
     monkeypatch.setattr(paper, "run_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        paper.run("smoke", run_dir=str(tmp_path / "run"), echo=lambda line: None)
-    assert started == ["sphere", "toy"]
-    assert not (tmp_path / "run" / "report.md").exists()
-    (summary,) = (tmp_path / "run").glob("*/summary.json")
-    kept = summary.stat().st_mtime_ns
-    paper.run("smoke", run_dir=str(tmp_path / "run"), echo=lambda line: None)
-    assert summary.stat().st_mtime_ns == kept, "what was finished was not run again"
+        paper.run("smoke", run_dir=str(path), echo=lambda line: None)
+    assert started == ["sphere", "toy", "toy_plain"]
+    assert not (path / "report.md").exists()
+    monkeypatch.setattr(paper, "run_part", run_part)
+    paper.run("smoke", run_dir=str(path), echo=lambda line: None)
+    assert {file: file.stat().st_mtime_ns for file in kept if file.parent.name != "figures"} == {
+        file: time for file, time in kept.items() if file.parent.name != "figures"
+    }, "what was finished was not run again"
 
     def timeless(report):
         return re.sub(r"\| [\d.]+ \| 1 x cpu", "| 1 x cpu", report.read_text())
 
-    assert timeless(tmp_path / "run" / "report.md") == timeless(path / "report.md")
+    assert timeless(path / "report.md") == timeless(smoke[0] / "report.md")
 
 
 @pytest.mark.slow
-def test_a_report_of_some_parts_says_which_were_not_run(tmp_path):
-    found = paper.run("smoke", parts=["sphere"], run_dir=str(tmp_path / "run"), echo=lambda line: None)
+def test_report_of_some_parts(smoke, tmp_path):
+    ignored = shutil.ignore_patterns("report.*", "toy*", "digits")
+    path = shutil.copytree(smoke[0], tmp_path / "run", ignore=ignored)
+    found = paper.run("smoke", parts=["sphere"], run_dir=str(path), echo=lambda line: None)
     assert [claim.verdict == "not run" for claim in found] == [False, *8 * [True]]
-    text = (tmp_path / "run" / "report.md").read_text()
+    text = (path / "report.md").read_text()
     assert text.count("**not run**") == 8 + 3, "claims and parts"
