@@ -60,6 +60,22 @@ COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tes
     "bad_input_is_refused",
     "sigma_that_does_not_fit_is_refused",
 )
+SCHEDULES = "tests/test_likelihoods.py::test_a_scheduled_head_is_at_each_step_the_fixed_one"
+CELLS, MIRRORED = _tests(
+    "datasets", "dequantised_pixels_fill_their_cells", "every_other_training_image_is_mirrored_left_to_right"
+)
+AVERAGE, BETA, IN_FORCE = _tests(
+    "training",
+    "the_average_of_the_weights",
+    "beta_weighs_the_kl_in_training_only",
+    "sigma_in_force_at_step_t_is_the_schedule_at_t",
+)
+RATIO, SPHERES_STDDEV, ENTROPY = _tests(
+    "theory",
+    "three_dimensions_are_in_closed_form",
+    "the_spheres_critical_sigma_is_its_first_principal_stddev",
+    "toy_entropy_is_that_of_the_density",
+)
 SPHERE_RUN, SPHERE_RESUMED, SPHERE_NONSENSE = _tests(
     "hypersphere", "command", "interrupted_run_resumes_to_the_same_bits", "nonsense_is_refused"
 )
@@ -117,7 +133,7 @@ MUTANTS = [
     Mutant(
         "entropy_in_bits", THEORY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /", ENTROPY
     ),
-    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,", STARTS),
+    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,"),
     Mutant("kl_averaged", VAE, "kl=jnp.sum(", "kl=jnp.mean("),
     Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
     Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
