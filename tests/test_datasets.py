@@ -205,12 +205,12 @@ def test_options_that_make_no_sense_are_refused_in_one_line(name, options, messa
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("image_size", [8, 148])
-def test_options_that_make_sense_pass(image_size):
-    datasets.check("celeb_a", image_size=image_size, flip=True, dequantize=True)
-    datasets.check("celeb_a:2.1.0", image_size=image_size, celeba_dir="nowhere yet")
-    loaded = datasets.load("celeb_a", image_size=image_size, flip=True, dequantize=True, fake_data=True)
-    assert loaded.shape == (image_size, image_size, 3)
+def test_options_that_make_sense_pass():
+    for image_size in (8, 148):
+        datasets.check("celeb_a", image_size=image_size, flip=True, dequantize=True)
+        datasets.check("celeb_a:2.1.0", image_size=image_size, celeba_dir="nowhere yet")
+    loaded = datasets.load("celeb_a", image_size=8, flip=True, dequantize=True, fake_data=True)
+    assert loaded.shape == (8, 8, 3)
     index = jnp.arange(20)
     drawn = gathered(loaded, KEY, index)
     expected = datasets.image_dataset(loaded.train, loaded.test, flip=True, dequantized=True)

@@ -67,7 +67,7 @@ def test_draws_belong_to_the_example_s_index(examine, examples):
     assert scores.elbo[0] == scores.elbo[1] != scores.elbo[2]
 
 
-def test_the_paper_s_convention_drops_the_constant_of_a_standard_gaussian():
+def test_paper_elbo_drops_the_constant():
     # At x = mean and sigma = 1 the paper's log p(x|z) is 0; the density's is that of n standard Gaussians at 0.
     assert evaluation.paper_elbo(784 * -0.9189385332, (28, 28, 1)) == pytest.approx(0.0, abs=1e-5)
 
@@ -146,7 +146,7 @@ def test_importance_score_is_the_evidence_at_the_exact_posterior():
 
 
 @pytest.mark.parametrize("num_samples", [1, 16])
-def test_importance_score_lies_between_the_elbo_and_the_evidence(num_samples):
+def test_importance_score_lies_between_elbo_and_evidence(num_samples):
     model = linear(shift=0.4)
     gap = 0.4**2 / (2.0 * POSTERIOR_VARIANCE)
 
@@ -178,7 +178,7 @@ def test_diagnostics_keep_the_axes_of_sweep_members(examine, examples):
     assert stacked.coverage.shape == (2, 3)
 
 
-def test_diagnostics_of_the_exact_posterior_are_healthy_and_in_closed_form():
+def test_diagnostics_of_the_exact_posterior_are_in_closed_form():
     scores, details = examined(*linear())
     found, n = evaluation.diagnostics(details), len(POINTS)
     mean = np.float64(POINTS[:, 0]) / (1.0 + SIGMA**2)
@@ -249,7 +249,7 @@ def test_active_units_have_a_variance_above_a_hundredth():
     ("variances", "directions"),
     [([0.3, 0.0, 0.0], 1), ([0.0, 0.0, 0.0], 0), ([0.009, 0.011, 1.0], 2), ([0.5, 0.5, 2.0], 3)],
 )
-def test_active_directions_do_not_depend_on_the_rotation_as_active_units_do(variances, directions):
+def test_active_directions_do_not_depend_on_the_rotation(variances, directions):
     rng = np.random.default_rng(0)
     white = rng.standard_normal((500, 3))
     white = np.linalg.qr(white - white.mean(0))[0] * np.sqrt(500)  # covariance exactly one
@@ -267,7 +267,7 @@ def test_active_directions_do_not_depend_on_the_rotation_as_active_units_do(vari
 
 
 @pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.optimal])
-def test_floor_fraction_counts_the_sigmas_that_lie_at_the_heads_floor(head):
+def test_floor_fraction_counts_sigmas_at_the_floor(head):
     vae, x = linear()[0]._replace(likelihood=likelihoods.discretised(head(1e-6, floor=0.3))), POINTS[:8]
     channels = jnp.array([0.0, -9.0]) if head is likelihoods.learned_vector else jnp.zeros(1)
     decoder = Network(vae.decoder.init, lambda params, z: jnp.tile(channels[: vae.likelihood.outputs], (len(z), 1, 1)))
@@ -397,7 +397,7 @@ def test_laplacian_energy_is_scipys_on_the_interior():
     np.testing.assert_allclose(evaluation.laplacian_energy(jnp.float32(images)), expected, rtol=1e-5)
 
 
-def test_laplacian_energy_ignores_slopes_and_grows_with_noise_and_frequency():
+def test_laplacian_energy_grows_with_noise_and_frequency():
     rows, columns = np.meshgrid(np.arange(64.0), np.arange(64.0), indexing="ij")
     plane = jnp.float32(0.1 * rows - 0.2 * columns + 3.0)[None, :, :, None]
     np.testing.assert_allclose(evaluation.laplacian_energy(plane), 0.0, atol=1e-9)

@@ -76,7 +76,7 @@ def assert_log_masses(function, x, log_stddev, edges):
     np.testing.assert_allclose(by_log_stddev, expected[2], rtol=3e-5, atol=5e-6)
 
 
-def test_log_cdf_is_right_to_float32_in_both_tails_with_its_gradients():
+def test_log_cdf_and_gradients_are_right_to_float32():
     log_stddev = np.float32(np.random.default_rng(0).uniform(-7.0, 3.0, 400))
     t = np.concatenate([np.linspace(-8.0, 5.0, 200), -np.geomspace(5.0, 1e5, 200)])
     x = np.float32(t * np.exp(log_stddev))
@@ -90,7 +90,7 @@ def test_log_cdf_is_right_to_float32_in_both_tails_with_its_gradients():
     assert_log_masses(reflected, x, log_stddev, edges)
 
 
-def test_log_bin_mass_is_right_to_float32_for_any_width_and_distance_with_its_gradients():
+def test_log_bin_mass_and_gradients_are_right_to_float32():
     rng = np.random.default_rng(0)
     # From stddevs of a hundredth of a bin to 10^4 bins; near the mean, near the bin's edges, and up to 255 bins away.
     log_stddev = np.float32(rng.uniform(-5.0, 9.0, 1000))
@@ -124,7 +124,7 @@ def test_bins_tile_the_line():
     np.testing.assert_allclose(below, masses.cumsum(axis=1), rtol=1e-6, atol=1e-7)
 
 
-def test_log_masses_and_gradients_are_finite_at_any_distance_and_stddev():
+def test_log_masses_and_gradients_are_finite_anywhere():
     x, log_stddev = (
         jnp.array(v.ravel())
         for v in np.float32(
@@ -138,7 +138,7 @@ def test_log_masses_and_gradients_are_finite_at_any_distance_and_stddev():
 
 
 @pytest.mark.parametrize(("mean", "log_stddev"), GAUSSIANS)
-def test_sample_has_the_moments_and_the_distribution_of_its_gaussian(mean, log_stddev):
+def test_sample_has_its_gaussians_distribution(mean, log_stddev):
     n, stddev = 20_000, np.exp(log_stddev)
     draws = np.float64(gaussians.sample(KEY, jnp.full((n,), mean), jnp.array(log_stddev)))
     assert abs(draws.mean() - mean) < 4.0 * stddev / np.sqrt(n)
@@ -199,7 +199,7 @@ def test_soft_clip_softens_the_last_half_by_default():
 
 
 @pytest.mark.parametrize(("low", "high", "softness"), CLIPS)
-def test_soft_clip_approaches_its_limits_exponentially_with_a_continuous_slope(low, high, softness):
+def test_soft_clip_approaches_its_limits_exponentially(low, high, softness):
     (value,), (v,) = float32(np.linspace(low - 5.0 * softness, high + 5.0 * softness, 4001))
     clip = jax.vmap(jax.value_and_grad(lambda v: gaussians.soft_clip(v, low, high, softness=softness)))
     clipped, slope = map(np.asarray, jax.jit(clip)(value))

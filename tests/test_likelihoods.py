@@ -160,7 +160,7 @@ def test_floor_must_be_positive_and_leave_room(make):
             make(floor=floor)
 
 
-def test_quantisation_noise_is_what_rounding_to_8_bits_takes_away():
+def test_quantisation_noise_is_that_of_rounding():
     x = np.random.default_rng(0).uniform(0.0, 1.0, 1_000_000)
     np.testing.assert_allclose(likelihoods.quantisation_noise(), np.std(x - np.round(255.0 * x) / 255.0), rtol=2e-3)
 
@@ -192,7 +192,7 @@ WRONG_SAMPLERS = {
 
 
 @every_density
-def test_sampler_matches_the_density_as_wrong_ones_do_not(make):
+def test_sampler_matches_the_density(make):
     head = make(0.3)
     params, outputs = head.init(), outputs_for(head, 1, 2)
     mean, stddev = head.mean(params, outputs)[None], head.stddev(params, outputs)[None]
@@ -282,7 +282,7 @@ def test_the_256_probabilities_sum_to_one(make):
 
 
 @every_discretised
-def test_a_probability_is_the_density_times_the_bin_where_sigma_is_wide(make):
+def test_probability_is_density_times_bin_where_sigma_is_wide(make):
     density = HEADS["f"](0.3)
     outputs, x = pixel_outputs(make(), 5, *SHAPE).at[..., 1:].set(0.0), jnp.full((5, *SHAPE), 100 / 255)
     expected = density.log_prob(density.init(), outputs[..., :1], x) - 12 * np.log(255.0)
@@ -290,7 +290,7 @@ def test_a_probability_is_the_density_times_the_bin_where_sigma_is_wide(make):
 
 
 @every_discretised
-def test_the_gradients_of_the_sum_of_the_probabilities_are_zero(make):
+def test_sum_of_probabilities_has_no_gradient(make):
     outputs = jnp.stack([jnp.array(MEANS[:-1]), jnp.full(len(MEANS) - 1, 0.3)], axis=-1)[:, None, : make().outputs]
 
     def total(sigma, params, outputs):
@@ -316,7 +316,7 @@ WRONG_PIXELS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_discretised_sampler_matches_the_probabilities_as_wrong_ones_do_not(name):
+def test_discretised_sampler_matches_the_probabilities(name):
     gaussian, n = HEADS[name](0.02), 100_000
     head = likelihoods.discretised(gaussian)
     params = head.init()
@@ -341,7 +341,7 @@ def test_discretised_sampler_matches_the_probabilities_as_wrong_ones_do_not(name
 
 
 @every_discretised
-def test_discretised_gradients_of_log_sigma_are_differences_in_sigma(make):
+def test_discretised_gradients_of_log_sigma_are_differences(make):
     for sigma in (0.003, 1.0):
         outputs = pixel_outputs(make(), 5, *SHAPE).at[..., 1:].set(0.0)
         mean, step = np.float64(outputs[..., 0]), 1e-5
@@ -424,7 +424,7 @@ def test_update_keeps_strong_types(make):
 
 
 @pytest.mark.parametrize("name", ["f", "ls", "lv"])
-def test_update_is_the_identity_where_gradients_or_nothing_set_sigma(name):
+def test_update_leaves_other_sigmas_alone(name):
     head = HEADS[name](0.3)
     assert head.update(head.init(), jnp.int32(3), MSE) == head.init()
 
@@ -442,7 +442,7 @@ def test_gradients_reach_sigma_only_where_it_is_learned(make):
             assert gradient == 0.0
 
 
-def test_learned_scalars_stationary_point_is_the_mean_squared_error():
+def test_learned_scalar_settles_at_the_mean_squared_error():
     head = likelihoods.learned_scalar(1.0)
     outputs, x = outputs_for(head, 50, *SHAPE), jnp.ones((50, *SHAPE))
     gradient = jax.jit(jax.grad(lambda params: head.log_prob(params, outputs, x).mean()))
@@ -456,7 +456,7 @@ def test_learned_scalars_stationary_point_is_the_mean_squared_error():
 
 
 @pytest.mark.parametrize("mse", [1e-4, 9.0])
-def test_optimal_takes_the_mean_squared_error_that_maximises_the_density(mse):
+def test_optimal_sigma_maximises_the_density(mse):
     head = likelihoods.optimal(0.3)
     params = head.update(head.init(), jnp.int32(3), jnp.array(mse))
     outputs = outputs_for(head, 5, *SHAPE)

@@ -81,7 +81,7 @@ def assert_close(left, right, **tolerances):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), left, right)
 
 
-def test_first_step_is_adam_on_the_clipped_gradient_of_the_mean_negative_elbo():
+def test_first_step_is_adam_on_the_clipped_gradient():
     vae, x, key = model_of(0.5), points(), jax.random.key(7)
     optimizer = optimizer_of(10, learning_rate=1e-2, clip_norm=0.1)
     state = init_state(jax.random.key(0), vae, optimizer)
@@ -102,7 +102,7 @@ def test_first_step_is_adam_on_the_clipped_gradient_of_the_mean_negative_elbo():
     assert after.step == 1
 
 
-def test_without_options_the_optimizer_is_the_plain_one_to_the_bit():
+def test_optimizer_without_options_is_plain_adam():
     plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, 7)))
     ours = training.optimizer(7)
     params = {"decoder": jnp.ones(5), "likelihood": {"log_stddev": jnp.zeros(())}}
@@ -117,7 +117,7 @@ def test_without_options_the_optimizer_is_the_plain_one_to_the_bit():
 
 @pytest.mark.parametrize("decay", [True, False])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 4])
-def test_the_rate_rises_on_a_line_and_falls_on_a_half_cosine_or_stays(warmup_steps, decay):
+def test_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps, decay):
     num_steps, rate = 10, 0.1
     optimizer = training.optimizer(num_steps, learning_rate=rate, decay=decay, warmup_steps=warmup_steps, clip_norm=1e9)
     params = {"decoder": jnp.zeros(()), "likelihood": {}}
@@ -177,7 +177,7 @@ def test_metrics_are_those_of_the_parameters_before_the_step():
     np.testing.assert_allclose(metrics.scores.sigma_max, 0.5, rtol=1e-6)
 
 
-def test_fixed_sigma_never_moves_and_learned_sigma_moves_at_its_own_rate():
+def test_sigma_moves_at_its_own_rate_or_not_at_all():
     states, _ = take_steps(likelihoods.fixed, 0.5, 5)
     np.testing.assert_array_equal(states[-1].params["likelihood"]["log_stddev"], jnp.log(jnp.float32(0.5)))
     # Adam's first step is one learning rate.
@@ -190,7 +190,7 @@ def test_fixed_sigma_never_moves_and_learned_sigma_moves_at_its_own_rate():
     np.testing.assert_allclose(updates["likelihood"]["log_stddev"], -3e-3, rtol=1e-4)
 
 
-def test_learned_scalar_settles_where_sigma_squared_is_the_mean_squared_error():
+def test_learned_scalar_settles_at_the_mean_squared_error():
     head, x, optimizer = likelihoods.learned_scalar(), points(), optimizer_of(400, learning_rate=1e-2)
     outputs, params = 0.3 * x[..., None], {"likelihood": head.init()}
     opt_state = optimizer.init(params)
@@ -348,7 +348,7 @@ def test_a_share_of_the_batch_draws_its_own_noise():
 
 
 @pytest.mark.parametrize("head", [likelihoods.learned_vector, likelihoods.optimal])
-def test_mapped_shares_of_the_batch_make_the_step_of_the_whole(head):
+def test_mapped_shares_make_the_step_of_the_whole_batch(head):
     vae, optimizer, x, key = model_of(0.5, head), optimizer_of(10, clip_norm=0.1), points(), jax.random.key(7)
     state = init_state(jax.random.key(0), vae, optimizer)
     whole = train_step(key, vae, optimizer, state, x, INDEX)
@@ -365,7 +365,7 @@ def test_mapped_shares_of_the_batch_make_the_step_of_the_whole(head):
         assert metrics.scores.sigma_min < metrics.scores.sigma_max
 
 
-def test_examples_draw_noise_by_their_index_and_steps_by_their_number():
+def test_noise_belongs_to_index_and_step():
     dataset, key = stream(), jax.random.key(0)
     first = dataset.batch(None, key, jnp.arange(8))
     np.testing.assert_allclose(dataset.batch(None, key, jnp.arange(4, 8)), first[4:], rtol=1e-6)

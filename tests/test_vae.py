@@ -85,7 +85,7 @@ def test_elbo_is_the_evidence_less_the_posteriors_divergence(wrong, x):
 
 
 @wrong_posteriors
-def test_elbo_is_the_log_likelihood_less_the_divergence_from_the_prior(wrong):
+def test_elbo_is_the_log_likelihood_less_the_kl(wrong):
     model, params = linear(wrong)
     terms = elbo(jax.random.split(KEY, len(X)), model, params, jnp.array(X))
     mean = (X - OFFSET) @ GAIN.T + wrong[0]
@@ -107,7 +107,7 @@ def test_importance_bound_needs_a_sample():
 
 
 @pytest.mark.parametrize("num_samples", [1, 5])
-def test_importance_bound_is_exact_in_every_draw_at_the_posterior(num_samples):
+def test_importance_bound_is_exact_at_the_posterior(num_samples):
     model, params = linear()
     bound = importance_bound(jax.random.split(KEY, len(X)), model, params, jnp.array(X), num_samples=num_samples)
     np.testing.assert_allclose(bound, EVIDENCE.logpdf(X), rtol=2e-6, atol=1e-5)
@@ -194,7 +194,7 @@ def test_evidence_of_a_curved_decoder_is_scipys_integral(latent_size):
 
 
 @pytest.mark.parametrize("latent_size", [1, 2])
-def test_importance_weights_are_unbiased_for_the_evidence_of_a_curved_decoder(latent_size):
+def test_importance_weights_are_unbiased_on_a_curved_decoder(latent_size):
     model, params, _ = curved(latent_size)
     x = jnp.array([0.9, -0.4, 1.3])
     keys, xs = copies(x, 200)
