@@ -162,6 +162,29 @@ def test_every_model_has_a_colour_of_its_own_and_none_is_grey():
     assert not {matplotlib.colors.to_hex(name) for name in ("grey", "tab:gray", "black")} & set(colours)
 
 
+def test_a_model_has_one_colour_in_all_figures():
+    colours = {"LV-VAE": "C2", "LS-VAE": "C1", "F-VAE": "C0"}
+    points = {title: (np.array([0.1]), np.array([-1.0])) for title in ("F-VAE", "LS-VAE")}
+    over_sigma = figures.elbo_against_sigma(
+        points, {}, reused=(GRID, {}), limits=EMPTY, bound=None, unit="toy length", colours=colours
+    )
+    titles = ("LS-VAE", "LV-VAE")
+    over_steps = figures.sigma_and_elbo({title: curves() for title in titles}, unit="toy length", colours=colours)
+    for figure, drawn in ((over_sigma, points), (over_steps, titles)):
+        for title in drawn:
+            assert line(figure.axes[-1], title).get_color() == colours[title]
+
+
+def test_dots_in_one_place_are_all_seen():
+    place = (np.array([0.1]), np.array([-1.0]))
+    figure = figures.elbo_against_sigma(
+        {"LS-VAE": place, "F*-VAE": place}, {}, reused=(GRID, {}), limits=EMPTY, bound=None, unit="toy length"
+    )
+    first, second = (line(figure.axes[0], title) for title in ("LS-VAE", "F*-VAE"))
+    assert first.get_markerfacecolor() == second.get_markerfacecolor() == "none"
+    assert first.get_marker() != second.get_marker()
+
+
 @pytest.mark.parametrize(
     ("points", "lines"),
     [
