@@ -68,6 +68,21 @@ def test_every_parameter_gets_a_gradient_and_every_output_depends_on_z(name):
 
 
 @pairs
+def test_blocks_are_skipped_where_they_give_nothing(name):
+    encoder, _, shape, params = pair(name)
+    ends = ("['Dense_2']", "['Dense_4']") if name == "mlp" else ("['_ResidualConvolutions_0']['Conv_1']",)
+
+    def silenced(path, leaf):
+        return 0.0 * leaf if any(end in jax.tree_util.keystr(path) for end in ends) else leaf
+
+    silent = jax.tree_util.tree_map_with_path(silenced, params[0])
+    moved = [np.any(old != new) for old, new in zip(*map(jax.tree.leaves, (params[0], silent)), strict=True)]
+    assert sum(moved) == len(ends), "the kernel of each block's last layer"
+    mean, _ = encoder.apply(silent, inputs(shape))
+    assert np.ptp(np.asarray(mean), axis=0).min() > 0.0
+
+
+@pairs
 def test_examples_do_not_see_each_other(name):
     encoder, _, shape, params = pair(name)
     x = inputs(shape)
