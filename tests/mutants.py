@@ -64,6 +64,7 @@ SCHEDULES = "tests/test_likelihoods.py::test_a_scheduled_head_is_at_each_step_th
 CELLS, MIRRORED = _tests(
     "datasets", "dequantised_pixels_fill_their_cells", "every_other_training_image_is_mirrored_left_to_right"
 )
+NETWORK_TESTS = "tests/test_golden.py tests/test_networks.py"
 AVERAGE, BETA, IN_FORCE = _tests(
     "training",
     "the_average_of_the_weights",
@@ -133,7 +134,7 @@ MUTANTS = [
     Mutant(
         "entropy_in_bits", THEORY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /", ENTROPY
     ),
-    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,"),
+    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,", NETWORK_TESTS),
     Mutant("kl_averaged", VAE, "kl=jnp.sum(", "kl=jnp.mean("),
     Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
     Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
@@ -170,7 +171,8 @@ MUTANTS = [
     Mutant("wrong_split", LOOP, "over_split(examine, dataset.test,", "over_split(examine, dataset.train,", IMAGE_RUN),
     Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", SPHERE_RESUMED),
     Mutant("saved_at_another_step", LOOP, "checkpoints.save(step,", "checkpoints.save(step - 1,", KEPT),
-    Mutant("resumed_late", LOOP, "int(states.step[0]),", "int(states.step[0]) + 1,", IMAGE_RUN),
+    Mutant("data_from_the_start_again", LOOP, "range(step, num_steps, fused)", "range(0, num_steps, fused)", IMAGE_RUN),
+    Mutant("first_step_skipped", LOOP, "int(states.step[0]),", "int(states.step[0]) + 1,", SPHERE_RUN),
     Mutant("record_shifted", LOOP, "record[:, step:stop] =", "record[:, step + 1 : stop + 1] =", FOLLOWS),
     Mutant("seeds_of_others", SWEEP, "np.tile(seeds,", "np.repeat(seeds,", COMPARES),
     Mutant("f_star_at_the_start", SWEEP, '== "replay" else record[:, -1]', '== "replay" else record[:, 0]', FOLLOWS),
