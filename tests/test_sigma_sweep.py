@@ -243,7 +243,6 @@ def test_gradient_that_overflows_is_an_error(tmp_path):
 def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     single = sweep(config, tmp_path / "single")["members"][0]
     monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
     fused = sweep(config, tmp_path / "fused")["members"][0]
@@ -251,14 +250,16 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     append = runs.append_metrics
 
     def interrupted(run_dir, lines):
-        if lines[0]["step"] > 200:
+        if lines[0]["step"] > 40:
             raise KeyboardInterrupt
         append(run_dir, lines)
 
     monkeypatch.setattr(runs, "append_metrics", interrupted)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 60.0)
     assert sweep(config, tmp_path / "resumed")["members"][0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
