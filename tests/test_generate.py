@@ -88,19 +88,6 @@ def members_of(run_dir, **wanted):
     return [member for member in members if all(member[name] == value for name, value in wanted.items())]
 
 
-@pytest.mark.parametrize("variant", ["f", "lv", "replay"])
-def test_toy_samples_by_trained_weights(toy, tmp_path, variant):
-    member = members_of(toy, variant=variant, seed=4)[-1]  # not the first of its group
-    run(toy, out=str(tmp_path), variants=[variant], seeds=[4], num_samples=50, key_seed=7)
-    arrays = np.load(tmp_path / f"{generate.file_name(member)}.npz")
-    params, vae = restored(toy, member)
-    key = jax.random.split(jax.random.key(7))[0]
-    expected = jax.jit(functools.partial(vae_lib.generate, vae=vae, num_samples=50))(key, params=params)
-    for name, value in zip(("samples", "means", "stddevs"), expected, strict=True):
-        assert arrays[name].dtype == np.float32
-        np.testing.assert_array_equal(arrays[name], value)
-
-
 def test_images_by_trained_weights(image_run, photos, tmp_path):
     np.save(tmp_path / "photos.npy", photos)
     run(image_run, out=str(tmp_path / "out"), seeds=[1], images=[str(tmp_path / "photos.npy")], num_samples=5)
@@ -122,6 +109,46 @@ def test_images_by_trained_weights(image_run, photos, tmp_path):
         whole = arrays[name.replace("interpolation", "reconstruction")]
         np.testing.assert_allclose(arrays[name][:, 0], whole[:8], atol=1e-6)
         np.testing.assert_allclose(arrays[name][:, -1], whole[1:9], atol=1e-6)
+
+
+def test_command(image_run, photos, tmp_path):
+    for name, photo in zip("ab", photos, strict=False):
+        PIL.Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    result = run_command(
+        "experiments.generate",
+        f"--run_dir={image_run}",
+        f"--out={tmp_path / 'out'}",
+        "--variant=lv",
+        "--seed=0,1",
+        f"--images={tmp_path / 'a.png'},{tmp_path / 'b.png'}",
+        "--num_samples=10",
+        "--key_seed=5",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    record = json.loads((tmp_path / "out" / "generated.json").read_text())
+    assert record["files"] == ["lv-seed0", "lv-seed1"]
+    assert (record["unit"], record["shape"], record["key_seed"]) == ("pixel on [0, 1]", [8, 8, 3], 5)
+    titles = [f"LV-VAE, sigma = {member['sigma']:.3g}, seed {member['seed']}" for member in members_of(image_run)]
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == titles
+    arrays = np.load(tmp_path / "out" / "lv-seed1.npz")
+    assert arrays["samples"].shape == (10, 8, 8, 3)
+    assert arrays["interpolations"].shape == (1, 8, 8, 8, 3)
+    np.testing.assert_array_equal(arrays["images"], np.asarray(datasets.to_float(photos[:2])))
+    assert np.ptp(arrays["stddevs"]) > 0
+
+
+@pytest.mark.parametrize("variant", ["f", "lv", "replay"])
+def test_toy_samples_by_trained_weights(toy, tmp_path, variant):
+    member = members_of(toy, variant=variant, seed=4)[-1]  # not the first of its group
+    run(toy, out=str(tmp_path), variants=[variant], seeds=[4], num_samples=50, key_seed=7)
+    arrays = np.load(tmp_path / f"{generate.file_name(member)}.npz")
+    params, vae = restored(toy, member)
+    key = jax.random.split(jax.random.key(7))[0]
+    expected = jax.jit(functools.partial(vae_lib.generate, vae=vae, num_samples=50))(key, params=params)
+    for name, value in zip(("samples", "means", "stddevs"), expected, strict=True):
+        assert arrays[name].dtype == np.float32
+        np.testing.assert_array_equal(arrays[name], value)
 
 
 def test_weights_are_those_that_the_summary_scored(toy):
@@ -493,33 +520,6 @@ def test_interrupted_command(toy, tmp_path, monkeypatch, no_data):
     monkeypatch.setattr(np, "savez", whole)
     run(toy, **options)
     assert np.load(tmp_path / "lv-seed3.npz")["samples"].shape == (5, 2)
-
-
-def test_command(image_run, photos, tmp_path):
-    for name, photo in zip("ab", photos, strict=False):
-        PIL.Image.fromarray(photo).save(tmp_path / f"{name}.png")
-    result = run_command(
-        "experiments.generate",
-        f"--run_dir={image_run}",
-        f"--out={tmp_path / 'out'}",
-        "--variant=lv",
-        "--seed=0,1",
-        f"--images={tmp_path / 'a.png'},{tmp_path / 'b.png'}",
-        "--num_samples=10",
-        "--key_seed=5",
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    record = json.loads((tmp_path / "out" / "generated.json").read_text())
-    assert record["files"] == ["lv-seed0", "lv-seed1"]
-    assert (record["unit"], record["shape"], record["key_seed"]) == ("pixel on [0, 1]", [8, 8, 3], 5)
-    titles = [f"LV-VAE, sigma = {member['sigma']:.3g}, seed {member['seed']}" for member in members_of(image_run)]
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == titles
-    arrays = np.load(tmp_path / "out" / "lv-seed1.npz")
-    assert arrays["samples"].shape == (10, 8, 8, 3)
-    assert arrays["interpolations"].shape == (1, 8, 8, 8, 3)
-    np.testing.assert_array_equal(arrays["images"], np.asarray(datasets.to_float(photos[:2])))
-    assert np.ptp(arrays["stddevs"]) > 0
 
 
 @pytest.mark.parametrize(
