@@ -80,6 +80,7 @@ RATIO, SPHERES_STDDEV, ENTROPY = _tests(
 SPHERE_RUN, SPHERE_RESUMED, SPHERE_NONSENSE = _tests(
     "hypersphere", "command", "interrupted_run_resumes_to_the_same_bits", "nonsense_is_refused"
 )
+TRAINED_RADIUS = "-m slow tests/test_hypersphere.py::test_trained_radius"
 FAKE_IMAGES, ITS_FILES, BESIDE, CRITICAL_NONSENSE = _tests(
     "critical_sigma",
     "fake_images_beside_trained_vaes",
@@ -188,7 +189,7 @@ MUTANTS = [
         IMAGE_RUN,
     ),
     Mutant("sigma_in_another_unit", SPHERE, "np.array(config.sigma) * critical", "np.array(config.sigma)", SPHERE_RUN),
-    Mutant("radius_of_noise", SPHERE, "x in (pictures.sample_means,", "x in (pictures.samples,", SPHERE_RUN),
+    Mutant("radius_of_noise", SPHERE, "x in (pictures.sample_means,", "x in (pictures.samples,", TRAINED_RADIUS),
     Mutant("last_images_dropped", CRITICAL, "(0, size, CHUNK,", "(0, size - CHUNK + 1, CHUNK,", FAKE_IMAGES),
     Mutant("run_of_any_files", CRITICAL, "config = config._replace(", "config._replace(", ITS_FILES),
     Mutant("first_member_for_all", GENERATE, 'index=member["member"]: leaf', "index=0: leaf", WEIGHTS),
