@@ -247,7 +247,8 @@ def fit(
     states, record = start(run_dir, group, programs, num_steps=num_steps)
     step, num_members, devices = int(states.step[0]), len(group.seeds), programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
-    bar.initial += step * num_members  # steps of an earlier process say nothing about the rate
+    if not bar.disable:
+        bar.initial += step * num_members  # steps of an earlier process say nothing about the rate
     bar.update(step * num_members)
     if step == num_steps:
         return states, record
