@@ -77,9 +77,7 @@ RATIO, SPHERES_STDDEV, ENTROPY = _tests(
     "the_spheres_critical_sigma_is_its_first_principal_stddev",
     "toy_entropy_is_that_of_the_density",
 )
-SPHERE_RUN, SPHERE_RESUMED, SPHERE_NONSENSE = _tests(
-    "hypersphere", "command", "interrupted_run_resumes_to_the_same_bits", "nonsense_is_refused"
-)
+SPHERE_RUN, SPHERE_NONSENSE = _tests("hypersphere", "command", "nonsense_is_refused")
 TRAINED_RADIUS = "-m slow tests/test_hypersphere.py::test_trained_radius"
 FAKE_IMAGES, ITS_FILES, BESIDE, CRITICAL_NONSENSE = _tests(
     "critical_sigma",
@@ -102,6 +100,8 @@ VAE, TOY, RUNS, THEORY, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "t
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY = "experiments/generate.py", "experiments/quality.py"
+
+ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
 MUTANTS = [
     # The library
@@ -150,6 +150,9 @@ MUTANTS = [
     Mutant("active_by_stddev", EVALUATION, "posterior_mean.var(axis=-1) > 0.01", "posterior_mean.std(axis=-1) > 0.01"),
     Mutant("rewound_too_far", RUNS, 'row["step"] <= step]', 'row["step"] < step]'),
     Mutant("panels_swapped", FIGURES, "*panel.reconstructions.T", "*panel.sample_means.T"),
+    Mutant("bound_of_8_bits", EVALUATION, "n * math.log(levels)", "n * math.log(256)", "tests/test_levels.py"),
+    Mutant("noise_of_8_bits", LIKELIHOODS, "(_last_level(levels) * math", "(255.0 * math", "tests/test_levels.py"),
+    Mutant("split_not_stratified", IMAGES, "np.arange(np.sum(labels == label))", "0", "tests/test_digits.py"),
     # The experiments, by tests of their parts
     Mutant("sd_of_the_population", REPORT, "np.std(elbos, ddof=1)", "np.std(elbos)"),
     Mutant("gap_s_sign", REPORT, 'test_log_prob - row["elbo"]', 'row["elbo"] - test_log_prob'),
@@ -158,6 +161,7 @@ MUTANTS = [
     Mutant("not_in_grey_levels", CLAIMS, "highest * math.sqrt(np.mean(", "math.sqrt(np.mean("),
     Mutant("seeds_not_paired", CLAIMS, 'sorted(chosen, key=lambda member: member["seed"])', "chosen"),
     Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs)", "recall(theirs, real)", SCORE),
+    Mutant("row_of_the_first_variant", SWEEP, "report.line(title, rows[-1])", "report.line(title, rows[0])", ROWS),
     # Flags that are not checked
     Mutant("any_sigma", SWEEP, "if not 1e-15 < sigma", "if not 0.0 < sigma", f"{BAD_FLAG}[--sigma=1e-300]"),
     Mutant("any_warmup", SWEEP, "warmup_steps < config", "warmup_steps <= config", f"{BAD_FLAG}[--warmup_steps=3000]"),
@@ -170,7 +174,7 @@ MUTANTS = [
     Mutant("no_classifier_steps", QUALITY, "if classifier_steps < 1:", "if classifier_steps < 0:", BAD_FLAGS),
     # The experiments, from end to end
     Mutant("wrong_split", LOOP, "over_split(examine, dataset.test,", "over_split(examine, dataset.train,", IMAGE_RUN),
-    Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", SPHERE_RESUMED),
+    Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", IMAGE_RUN),
     Mutant("saved_at_another_step", LOOP, "checkpoints.save(step,", "checkpoints.save(step - 1,", KEPT),
     Mutant("data_from_the_start_again", LOOP, "range(step, num_steps, fused)", "range(0, num_steps, fused)", IMAGE_RUN),
     Mutant("first_step_skipped", LOOP, "int(states.step[0]),", "int(states.step[0]) + 1,", SPHERE_RUN),

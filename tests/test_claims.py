@@ -306,3 +306,8 @@ def test_poor_optima_are_those_far_below_the_best():
     assert claims.poor_optima(np.append(good, -0.85)) == 1
     assert claims.poor_optima(np.array([*6 * [-1.5], *4 * [-0.5]])) == 6, "even if most are"
     assert claims.poor_optima(good, best=-0.375) == 3
+
+
+def test_members_are_paired_by_seed_in_any_order():
+    members = [{"variant": "f", "sigma": 0.1, "seed": seed, "elbo": float(seed)} for seed in (2, 0, 1)]
+    np.testing.assert_array_equal(Part({"members": members}, {}).values("elbo", "f"), [0.0, 1.0, 2.0])

@@ -299,7 +299,8 @@ def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, 
 
 def test_image_run(tmp_path, monkeypatch):
     """Trained on the train split, scored on the test split; member by member, interrupted and resumed."""
-    black, white = np.zeros((30, 8, 8, 1), np.uint8), np.full((23, 8, 8, 1), 255, np.uint8)
+    black = np.random.default_rng(0).integers(0, 30, (30, 8, 8, 1), dtype=np.uint8)  # and each of them another black
+    white = np.full((23, 8, 8, 1), 255, np.uint8)
     monkeypatch.setattr(datasets, "check", lambda name, **options: None)
     monkeypatch.setattr(datasets, "load", lambda name, **options: datasets.image_dataset(black, white))
     config = sigma_sweep.configure(
@@ -318,9 +319,9 @@ def test_image_run(tmp_path, monkeypatch):
     append = runs.append_metrics
 
     def interrupted(run_dir, lines):
-        if lines[0]["group"] == "f-1" and lines[0]["step"] == 15:
-            raise KeyboardInterrupt
         append(run_dir, lines)
+        if lines[0]["group"] == "f-1" and lines[0]["step"] == 15:
+            raise KeyboardInterrupt  # before the checkpoint: these metrics are written once more
 
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(runs, "append_metrics", interrupted)
@@ -328,6 +329,7 @@ def test_image_run(tmp_path, monkeypatch):
         sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
     assert sweep(config, tmp_path / "resumed")["members"] == whole["members"]
+    assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "whole")
 
 
 def test_command_on_fake_celeba(tmp_path):
