@@ -20,9 +20,9 @@ from absl.testing import flagsaver
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Most of a test's time is compilation: the tests compile a thousand programs, and run each for milliseconds. XLA hardly
-# optimises them, and compiles none twice; nor in the processes that tests start. A worker has a cache of its own, for
-# files in it are not written at once. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests the programs that users run.
+# Compilation takes most of a test's time: the tests compile a thousand programs, and run each for milliseconds. So XLA
+# leaves out most optimisations, and a cache on disk serves a worker and the processes that its tests start. Workers do
+# not share it: JAX does not write its files atomically. JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
 QUICK = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "true"),
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
@@ -117,8 +117,10 @@ def once(tmp_path_factory, name, make):
     try:
         folder.mkdir()
     except FileExistsError:
+        deadline = time.monotonic() + 1200.0
         while not done.exists():
             assert not failed.exists(), f"{name}: the other worker that makes it has failed"
+            assert time.monotonic() < deadline, f"{name}: the other worker that makes it has gone"
             time.sleep(0.1)
         return folder
     try:
