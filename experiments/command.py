@@ -1,4 +1,4 @@
-"""What all binaries share: bad flags end in one line, and a finished run is reported, not run again."""
+"""Flags, errors and run directories of all commands: bad flags end in one line, a finished run is only reported."""
 
 import contextlib
 import hashlib
