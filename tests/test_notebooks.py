@@ -98,14 +98,21 @@ def check_pictures(pictures):
         assert 0.02 < np.mean(picture != 255) < 0.98  # neither blank nor all ink
 
 
+# nbclient can wait for ever for a cell whose output goes into a widget (its issue 312): the function is called once.
+INTERACT = (
+    "import ipywidgets\n"
+    "ipywidgets.interact = lambda function, **sliders: function(**{n: slider.value for n, slider in sliders.items()})"
+)
+
+
 def execute(notebook, **parameters):
     """Runs the notebook where a user's Jupyter would, its parameters replaced; a failing cell raises."""
     [place] = [index for index, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
-    lines = "\n".join(f"{name} = {value}" for name, value in parameters.items())
+    lines = "\n".join([INTERACT, *(f"{name} = {value}" for name, value in parameters.items())])
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
     for cell in code(notebook):
         cell.outputs = []
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "colab")}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(ROOT / "colab")}}).execute()
     return notebook
 
 
