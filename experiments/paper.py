@@ -12,8 +12,8 @@ it was stopped, runs no finished part again, and writes the report anew.
 | cpu | 2 seeds, 2,000 steps | 10 seeds, 3,000 steps | | 2 seeds, 2 epochs | |
 | full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,500 steps | 10 seeds, 1,000 epochs | 200 epochs |
 
-On two idle cores of an AMD EPYC CPU smoke took 75 seconds and cpu, with one seed of the sphere and without toy_plain,
-43 minutes; beside much other work on a slower machine, 2 and 100 minutes. full is for an accelerator.
+smoke took 10 minutes on two cores of an Intel Xeon CPU beside other work. cpu took 43 minutes on two idle cores of an
+AMD EPYC CPU, with one seed of the sphere and without toy_plain, and 100 beside other work. full is for an accelerator.
 """
 
 import functools
