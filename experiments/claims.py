@@ -33,7 +33,7 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the checks say together: a claim with an undecided one holds in part at most."""
+        """The verdict of all checks together: with an undecided one, the claim holds in part at most."""
         answers = [check.holds for check in self.checks]
         if not answers:
             return "not run"
@@ -55,7 +55,7 @@ class Part(NamedTuple):
         return sorted(chosen, key=lambda member: member["seed"])
 
     def values(self, name: str, variant: str, sigma: float | None = None) -> Float[np.ndarray, "M *K"]:
-        """What the members have under `name`."""
+        """The values of the members under `name`."""
         return np.array([member[name] for member in self.members(variant, sigma)])
 
     def curves(self, name: str, variant: str, sigma: float | None = None) -> Float[np.ndarray, "M T"]:
@@ -64,7 +64,7 @@ class Part(NamedTuple):
 
     @property
     def highest_level(self) -> int:
-        """The grey level of white pixels: 255 for 8 bits, which also runs from before the number was recorded have."""
+        """The grey level of white pixels: 255 for 8 bits, and for runs from before the number was recorded."""
         return (self.summary.get("levels") or 256) - 1
 
     @property
@@ -179,7 +179,7 @@ def annealing_orderings(toy: Part) -> list[Ordering]:
 
 
 def check_ordering(ordering: Ordering) -> Check:
-    """Whether the difference is positive, or negative, if that is significant."""
+    """A check of the sign of the difference; undecided if the difference is not significant."""
     statement = f"{ordering.better} > {ordering.worse}"
     found = ordering.paired
     if found is None:
@@ -192,7 +192,7 @@ def check_ordering(ordering: Ordering) -> Check:
 
 
 def within(low: float, high: float, *, least: float = -math.inf, most: float) -> bool | None:
-    """Whether what has this confidence interval is between `least` and `most`; None if the interval crosses a limit."""
+    """True if the interval lies between `least` and `most`, False if outside, None if it crosses a limit."""
     if least < low and high < most:
         return True
     return False if low > most or high < least else None
@@ -517,7 +517,7 @@ def annealing(toy: Part) -> list[Check]:
 
 
 def _no_worse(ordering: Ordering, statement: str) -> Check:
-    """Whether the way replaces learning: the LS-VAE's lead is at most 0.01 nats, with 95 % confidence."""
+    """A check that the LS-VAE's lead is at most 0.01 nats, with 95 % confidence: then the way replaces learning."""
     statement += " ends within 0.01 nats of the LS-VAE, or above"
     if ordering.paired is None:
         return Check(statement, None, "too few seeds for a paired test")

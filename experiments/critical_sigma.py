@@ -27,7 +27,7 @@ STREAM_SIZE = 100_000
 
 
 class Config(NamedTuple):
-    """What is computed. sigma: of the table's rows; by default 12 up to the critical one, in geometric progression."""
+    """The options of a run. sigma: those of the table's rows; by default 12 up to the critical one, geometrically."""
 
     dataset: str = "mnist"
     sigma: tuple[float, ...] | None = None
