@@ -3,11 +3,14 @@
   python -m experiments.critical_sigma --dataset=mnist
 
 prints and draws how many principal directions of the training examples a decoder with a fixed sigma can use, at each
-sigma: those whose stddev exceeds it. The largest stddev is the critical sigma; for MNIST on [0, 1], 2.262. With
---compare=RUN_DIR, the latent dimensions that the F-VAEs of a finished sigma_sweep use, and their ELBOs, stand beside.
+sigma: those whose stddev exceeds it. The largest stddev is the critical sigma; for MNIST on [0, 1], 2.262. It also
+says whether VAEs with a learned sigma can collapse for good. With --compare=RUN_DIR, the latent dimensions that the
+F-VAEs of a finished sigma_sweep use, and their ELBOs, stand beside.
 """
 
 import functools
+import math
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +99,8 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
 
 def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list[dict[str, Any]]) -> dict[str, Any]:
     """Computes the principal stddevs and draws the figure; returns the summary."""
-    stddevs = theory.principal_stddevs(chunks(dataset))
+    spread = theory.spread(chunks(dataset))
+    stddevs = spread.principal_stddevs
     size = int(np.prod(dataset.shape))
     sigmas = sorted({*(config.sigma or np.geomspace(1e-2, 1.0, 12) * stddevs[0]), *(row["sigma"] for row in trained)})
     elbos = theory.linear_best_elbo(np.array(sigmas), stddevs, num_dimensions=size, latent_size=size)
@@ -117,6 +121,10 @@ def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list
     runs.replace(path / "figures" / "directions.png", functools.partial(figure.savefig, dpi=120))
     return {
         "critical_sigma": float(stddevs[0]),
+        "mean_sigma": float(np.sqrt(np.mean(spread.stddevs**2))),
+        "correlation": spread.correlation,
+        "chance": spread.chance,
+        "num_varying": int(np.sum(spread.stddevs > 0.0)),
         "principal_stddevs": stddevs.tolist(),
         "rows": rows,
         "dataset": config.dataset,
@@ -161,8 +169,29 @@ def table(summary: dict[str, Any]) -> str:
             f"{size}.",
             "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA).",
             *(trained if compared else []),
+            *collapse(summary),
         ]
     )
+
+
+def collapse(summary: dict[str, Any]) -> list[str]:
+    """Whether an LS-VAE and an LV-VAE that encode nothing can stay so, in words; nothing for a summary from before that
+    was computed."""
+    if "correlation" not in summary:
+        return []
+    num_examples, chance = summary["num_examples"], summary["chance"]
+    even = (1.0 + math.sqrt(summary["num_dimensions"] / num_examples)) * summary["mean_sigma"]
+    ls = f"An LS-VAE that encodes nothing has sigma = {summary['mean_sigma']:.4g}, the root of the mean variance. "
+    lv = (
+        "An LV-VAE that encodes nothing has the stddev of each dimension as its sigma. The largest eigenvalue of the "
+        f"correlation matrix is {summary['correlation']:.4g}; by chance, independent dimensions have {chance:.4g}. "
+    )
+    stays = "It can stay there, as no direction stands out."
+    leaves = "It does not stay there, as it gains by encoding."
+    return [
+        textwrap.fill(ls + (leaves if summary["critical_sigma"] > even else stays), 118),
+        textwrap.fill(lv + (leaves if summary["correlation"] > chance else stays), 118),
+    ]
 
 
 def define_flags() -> None:

@@ -5,7 +5,9 @@ ELBOs are in nats.
 
   the sphere      Theorem 1: data uniform on the sphere of radius R in R^n, an F-VAE with arbitrarily powerful networks
   the toy         the entropy of its density, and the best ELBO of any F-VAE
-  any data set    the principal stddevs: a fixed-sigma decoder ignores every direction whose stddev is below sigma
+  any data set    the principal stddevs: a fixed-sigma decoder ignores every direction whose stddev is below sigma; and
+                  the largest eigenvalue of the correlation matrix, which is the same for a learned sigma of each
+                  dimension
 
 A VAE with a fixed isotropic sigma models x by a mixture of Gaussians N(m, sigma^2 I), m the decoder's output: its
 mean ELBO is at most max over mixing laws of E_x log E_m N(x; m, sigma^2 I), the limit of ideal networks. By symmetry
@@ -15,7 +17,7 @@ the best law on the sphere is uniform on a concentric one; on the toy it is foun
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +309,41 @@ def _toy_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # Any data set
 
 
+class Spread(NamedTuple):
+    """How data spread about their mean.
+
+    Attributes:
+      principal_stddevs: see the function of this name.
+      stddevs: [D], of each dimension. An LV-VAE that encodes nothing has them as its sigma, and an LS-VAE the root of
+        their mean square.
+      correlation: the largest eigenvalue of the correlation matrix of the dimensions that vary: 1 if they are
+        uncorrelated, at most their number; 0 if none varies. Measured in the sigma of an LV-VAE that encodes nothing,
+        the data have this matrix as their covariance, so that it can stay there only if `correlation` is 1.
+      chance: about the largest `correlation` of N examples whose D dimensions, those that vary, are independent:
+        (1 + sqrt(D / N))^2 (Marchenko and Pastur, 1967).
+    """
+
+    principal_stddevs: Float[np.ndarray, " R"]
+    stddevs: Float[np.ndarray, " D"]
+    correlation: float
+    chance: float
+
+
+def spread(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Spread:
+    """How the data in `chunks` spread, in their unit; arguments and errors are those of `principal_stddevs`."""
+    size, mean, rows, scatter = _second_moments(chunks)
+    squares = np.square(rows).sum(axis=0) if scatter is None else np.diagonal(scatter)
+    stddevs = np.sqrt(squares / size)
+    varies = stddevs > 1e-9 * max(stddevs.max(), np.abs(mean).max())  # the mean of equal numbers is off by rounding
+    scales = np.where(varies, stddevs, np.inf) * math.sqrt(size)
+    if scatter is None:
+        correlation = np.linalg.svd(rows / scales[None], compute_uv=False)[0] ** 2
+    else:
+        correlation = np.linalg.eigvalsh(scatter / np.outer(scales, scales))[-1]
+    chance = (1.0 + math.sqrt(varies.sum() / size)) ** 2
+    return Spread(_principal_stddevs(size, rows, scatter), stddevs, float(correlation), chance)
+
+
 def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.ndarray, " R"]:
     """The stddev of the data along each principal direction, largest first, in the data's unit: the square roots of
     the eigenvalues of their covariance. The first is the critical sigma: a Gaussian decoder with a larger one, fixed,
@@ -321,6 +358,21 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
     Raises:
       ValueError: there is no example.
     """
+    size, _, rows, scatter = _second_moments(chunks)
+    return _principal_stddevs(size, rows, scatter)
+
+
+def _principal_stddevs(size: int, rows: np.ndarray, scatter: np.ndarray | None) -> Float[np.ndarray, " R"]:
+    if scatter is None:
+        return np.linalg.svd(rows, compute_uv=False) / math.sqrt(size)
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(scatter)[::-1] / size, 0.0))
+
+
+def _second_moments(
+    chunks: Iterable[Float[np.ndarray, "B *S"]],
+) -> tuple[int, Float[np.ndarray, " D"], Float[np.ndarray, "N D"], Float[np.ndarray, "D D"] | None]:
+    """The number of examples, their mean, and either the centred examples, which serve where they are fewer than their
+    dimensions, or the sums of their products."""
     size, mean, scatter = 0, np.zeros(()), np.zeros(())
     waiting: list[np.ndarray] = []
 
@@ -339,12 +391,13 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
         if size or sum(map(len, waiting)) > rows.shape[1]:  # more examples than dimensions: their covariance is smaller
             merge(np.concatenate(waiting))
             waiting.clear()
-    if waiting and not size:
+    if waiting:
         rows = np.concatenate(waiting)
-        return np.linalg.svd(rows - rows.mean(axis=0)[None], compute_uv=False) / math.sqrt(len(rows))
+        mean = rows.mean(axis=0)
+        return len(rows), mean, rows - mean[None], None
     if not size:
         raise ValueError("there is no example")
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(scatter)[::-1] / size, 0.0))
+    return size, mean, np.zeros((0, len(mean))), scatter
 
 
 def linear_best_elbo(

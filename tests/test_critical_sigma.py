@@ -131,6 +131,14 @@ def test_critical_sigma_of_the_toy(tmp_path):
     np.testing.assert_allclose([row["linear_elbo"] for row in summary["rows"]], expected)
     assert summary["num_examples"] == n
     assert f"critical sigma: {summary['critical_sigma']:.4g}, unit: toy length" in text
+    # The coordinates are uncorrelated, of different variances.
+    assert summary["correlation"] == pytest.approx(1.0, abs=0.01)
+    said = " ".join(text.split())
+    assert summary["mean_sigma"] == pytest.approx(np.sqrt(np.mean(exact**2)), rel=0.01)
+    assert "root of the mean variance. It does not stay there" in said
+    assert f"by chance, independent dimensions have {summary['chance']:.4g}. It can stay there" in said
+    old = {name: value for name, value in summary.items() if name != "correlation"}
+    assert "stay there" not in critical_sigma.table(old), "a run from before it was computed"
     assert (tmp_path / "run" / "figures" / "directions.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 

@@ -367,9 +367,35 @@ def test_principal_stddevs_are_those_of_the_whole_covariance(shape):
         np.testing.assert_allclose(ours**2, np.maximum(whole, 0.0), atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [6, 400])
+def test_spread_has_the_correlation_matrix_of_dimensions_that_vary(size):
+    """A constant dimension, whatever its value and rounding, is none of them."""
+    x = np.random.default_rng(0).standard_normal((size, 8)) @ np.random.default_rng(1).standard_normal((8, 8))
+    x[:, 3] = 0.1
+    x[:, 5] = 1e3 + 1e-3 * x[:, 5]
+    found = theory.spread(x[i : i + 3] for i in range(0, size, 3))
+    np.testing.assert_allclose(found.principal_stddevs, theory.principal_stddevs([x]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.stddevs, x.std(axis=0), rtol=1e-6, atol=1e-12)
+    largest = np.linalg.eigvalsh(np.corrcoef(np.delete(x, 3, axis=1).T))[-1]
+    np.testing.assert_allclose(found.correlation, largest, rtol=1e-6)
+    assert found.chance == pytest.approx((1.0 + np.sqrt(7 / size)) ** 2)
+
+
+@pytest.mark.parametrize("size", [20, 4000])
+def test_correlation_of_independent_dimensions_is_that_of_chance(size):
+    x = np.random.default_rng(0).standard_normal((size, 200)) * np.geomspace(1e-3, 1e3, 200)[None]
+    found = theory.spread([x])
+    assert found.correlation == pytest.approx(found.chance, rel=0.05)
+
+
+def test_spread_of_constant_data():
+    assert theory.spread([np.full((5, 3), 0.1)]).correlation == 0.0
+
+
 def test_principal_stddevs_need_an_example():
-    with pytest.raises(ValueError, match="no example"):
-        theory.principal_stddevs([])
+    for function in (theory.principal_stddevs, theory.spread):
+        with pytest.raises(ValueError, match="no example"):
+            function([])
 
 
 def test_the_spheres_critical_sigma_is_its_first_principal_stddev():
