@@ -36,12 +36,19 @@ STREAMED_BYTES = 2**28  # those of one call take at most this much, if they are 
 
 
 class Group(NamedTuple):
-    """M sweep members that one program trains together. name: of its checkpoints; seeds [M]; sigmas [M] or, replayed,
-    [M, T]."""
+    """M sweep members that one program trains together.
+
+    Attributes:
+      name: of its checkpoints.
+      seeds: [M].
+      sigmas: [M] or, replayed, [M, T].
+      begin: initial params, leaves [M, ...] -> those to begin with.
+    """
 
     name: str
     seeds: Int[np.ndarray, " M"]
     sigmas: Float[np.ndarray, "M *T"]
+    begin: Callable[[vae_lib.Params], vae_lib.Params] | None = None
 
 
 class Pictures(NamedTuple):
@@ -54,6 +61,15 @@ class Pictures(NamedTuple):
     sample_means: Float[Array, "..."]
 
 
+class Examination(NamedTuple):
+    """Of each example: scores and details, see `evaluation.examine`; code_elbo: of data with grey levels, the ELBO in
+    nats of their probabilities, see `evaluation.as_probabilities`."""
+
+    scores: Scores
+    details: evaluation.Details
+    code_elbo: Float[Array, "..."] | None
+
+
 class Programs(NamedTuple):
     """The compiled functions of one variant; they serve all groups of the same size. All map over the members of a
     group. `layout` says how `steps` takes its arguments; all others run on one device."""
@@ -61,7 +77,7 @@ class Programs(NamedTuple):
     layout: training.Layout
     init: Callable[..., TrainState]
     steps: Callable[..., tuple[TrainState, training.Metrics]]
-    examine: Callable[..., tuple[Scores, evaluation.Details]]
+    examine: Callable[..., Examination]
     importance_score: Callable[..., Array]
     evidence: Callable[..., Array]
     pictures: Callable[..., Pictures]
@@ -142,10 +158,11 @@ def compile_programs(
     num_steps: int,
     beta: float | Schedule,
     ema_decay: float = 0.0,
+    dequantised: bool = False,
     **schedule: Any,
 ) -> Programs:
-    """Compiles, at the first call of each, the programs of the model `make_vae(sigma)`. `schedule` are options of
-    `training.optimizer`."""
+    """Compiles, at the first call of each, the programs of the model `make_vae(sigma)`. `dequantised` tells whether the
+    data are; `schedule` are options of `training.optimizer`."""
     devices = layout(dataset)
     model = {
         "make_vae": make_vae,
@@ -153,22 +170,29 @@ def compile_programs(
         "ema_decay": ema_decay,
     }
 
-    def examine(
-        seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array
-    ) -> tuple[Scores, evaluation.Details]:
-        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> tuple[Scores, evaluation.Details]:
+    def code(vae: VAE) -> VAE:
+        return evaluation.as_probabilities(vae, levels=dataset.levels or 256, dequantised=dequantised)
+
+    def examine(seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array) -> Examination:
+        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Examination:
             data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
-            return evaluation.examine(jax.random.fold_in(jax.random.key(seed), 2), make_vae(sigma), params, data, index)
+            vae, key = make_vae(sigma), jax.random.fold_in(jax.random.key(seed), 2)
+            examination = Examination(*evaluation.examine(key, vae, params, data, index), code_elbo=None)
+            if dataset.levels is None:
+                return examination
+            terms = vae_lib.elbo(example_keys(key, index), code(vae), params, data)  # at the same z
+            return examination._replace(code_elbo=terms.elbo)
 
         return jax.vmap(one)(seeds, sigmas, states.weights)
 
     def importance_score(
-        seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array, num_samples: int
+        seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array, num_samples: int, as_code: bool
     ) -> Array:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Array:
             data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
-            key = jax.random.fold_in(jax.random.key(seed), 5)
-            return evaluation.importance_score(key, make_vae(sigma), params, data, index, num_samples=num_samples)
+            key, vae = jax.random.fold_in(jax.random.key(seed), 5), make_vae(sigma)
+            vae = code(vae) if as_code else vae
+            return evaluation.importance_score(key, vae, params, data, index, num_samples=num_samples)
 
         return jax.vmap(one)(seeds, sigmas, states.weights)
 
@@ -197,7 +221,7 @@ def compile_programs(
         init=jax.jit(functools.partial(training.members_init, **model)),
         steps=devices.map(steps, donate_argnums=2),
         examine=jax.jit(examine),
-        importance_score=jax.jit(importance_score, static_argnames="num_samples"),
+        importance_score=jax.jit(importance_score, static_argnames=("num_samples", "as_code")),
         evidence=jax.jit(evidence, static_argnames="num_nodes"),
         pictures=jax.jit(pictures),
     )
@@ -215,7 +239,12 @@ def start(
     record = np.full((len(group.seeds), num_steps + 1), np.nan, np.float32)
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
         if checkpoints.step is None:
-            return programs.init(group.seeds, group.sigmas), record
+            states = programs.init(group.seeds, group.sigmas)
+            if group.begin is not None:
+                states = states._replace(params=group.begin(states.params))
+                ema = None if states.ema is None else jax.tree.map(jnp.copy, states.params)
+                states = states._replace(ema=ema)
+            return states, record
         like = jax.eval_shape(programs.init, group.seeds, group.sigmas)
         states, record = checkpoints.restore((like.finished() if checkpoints.step == num_steps else like, record))
         return states, np.array(record)
@@ -324,27 +353,34 @@ def prefetch(batches: Callable[[int], Any], firsts: Iterable[int]) -> Iterator[A
 
 def evaluate(
     group: Group, programs: Programs, states: TrainState, dataset: Dataset
-) -> tuple[Scores, evaluation.Diagnostics]:
-    """The scores [M, N] of the N examples of the test split by each of the group's M members, and their diagnostics.
+) -> tuple[Scores, evaluation.Diagnostics, Float[Array, "M N"] | None]:
+    """The scores [M, N] of the N examples of the test split by each of the group's M members, their diagnostics, and
+    `Examination.code_elbo`.
 
     Raises:
       runs.RunError: they are not finite.
     """
     examine = functools.partial(programs.examine, group.seeds, group.sigmas, states)
-    scores, details = evaluation.over_split(examine, dataset.test, chunk_size=_chunk_size(dataset))
+    scores, details, code_elbo = evaluation.over_split(examine, dataset.test, chunk_size=_chunk_size(dataset))
     if not np.isfinite(scores.elbo).all():
         raise runs.RunError(
             f"training of {group.name} diverged in its last steps: give another --sigma, or a lower --learning_rate"
         )
-    return scores, evaluation.diagnostics(details)
+    return scores, evaluation.diagnostics(details), code_elbo
 
 
 def importance_bound(
-    group: Group, programs: Programs, states: TrainState, dataset: Dataset, *, num_samples: int
+    group: Group, programs: Programs, states: TrainState, dataset: Dataset, *, num_samples: int, as_code: bool = False
 ) -> Float[np.ndarray, "M N"]:
-    """The importance-weighted bound, in nats, of the N examples of the test split by each of M members."""
+    """The importance-weighted bound, in nats, of the N examples of the test split by each of M members; `as_code`, of
+    the probabilities of grey levels."""
     score: Any = functools.partial(
-        programs.importance_score, group.seeds, group.sigmas, states, num_samples=num_samples
+        programs.importance_score,
+        group.seeds,
+        group.sigmas,
+        states,
+        num_samples=num_samples,
+        as_code=as_code,
     )
     return evaluation.over_split(score, dataset.test, chunk_size=_chunk_size(dataset))
 

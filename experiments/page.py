@@ -148,9 +148,9 @@ def compose(
         ]
     if "toy_plain" in parts:
         sections += shown("toy_plain")
-    for name in claims.IMAGES:
+    for name in (*claims.IMAGES, *claims.CODES):
         if name in parts:
-            sections += [f"## Table 2: {name}", images_table(parts[name])]
+            sections += [f"## Table 2: {name.replace('_codes', ', by probabilities')}", images_table(parts[name])]
             if name in judged:
                 sections += [quality_table(judged[name])]
             sections += shown(name)
@@ -305,42 +305,38 @@ def shapes_table(toy: Part) -> str:
 
 
 def images_table(part: Part) -> str:
-    rows = [
-        [
-            title,
-            f"{row['sigma']:.4g}",
-            spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
-            f"{row['elbo_paper']:.2f}",
-            f"{row['nats_per_dimension']:.4f}",
-            f"{row['bits_per_dimension']:.4f}",
-            f"{row['kl']:.2f}",
-            over_seeds([part.highest_level * math.sqrt(member["mse"]) for member in members]),
-            f"{row.get('sharpness', math.nan):.3f}",
-            f"{row.get('sample_noise', math.nan):.4f}",
-            row["diagnosis"],
-        ]
+    """Rows of the variants, and those of the histograms, which have bits alone."""
+    summary = part.summary
+    lines = [
+        {
+            "": title,
+            "sigma": f"{row['sigma']:.4g}",
+            "ELBO": spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
+            "paper's ELBO": f"{row['elbo_paper']:.2f}" if "elbo_paper" in row else None,
+            "nats/dim": f"{row['nats_per_dimension']:.4f}",
+            "bits/dim": f"{row['bits_per_dimension']:.4f}",
+            "KL": f"{row['kl']:.2f}",
+            "error [grey levels]": over_seeds([part.highest_level * math.sqrt(member["mse"]) for member in members]),
+            "sharpness": f"{row.get('sharpness', math.nan):.3f}",
+            "sample noise": f"{row.get('sample_noise', math.nan):.4f}",
+            "diagnosis": row["diagnosis"],
+        }
         for title, row, members in rows_of(part)
     ]
-    titles = [
-        "",
-        "sigma",
-        "ELBO",
-        "paper's ELBO",
-        "nats/dim",
-        "bits/dim",
-        "KL",
-        "error [grey levels]",
-        "sharpness",
-        "sample noise",
-        "diagnosis",
-    ]
+    titles = [title for title, cell in lines[0].items() if cell is not None]
+    lines += [{"": title, "bits/dim": f"{bits:.4f}"} for title, bits in summary.get("histograms", {}).items()]
     note = (
-        f"Densities at the pixel values k/{part.highest_level}, not likelihoods of images: as likelihoods, no model's "
-        f"ELBO can exceed {part.summary['rows'][0]['bound']:.1f} nats. sharpness: Laplacian energy of reconstructions "
-        "divided by that of the originals; sample noise: root mean square distance of generated samples from their "
-        "means, pixels on [0, 1]."
+        "sharpness: Laplacian energy of reconstructions divided by that of the originals; sample noise: root mean "
+        "square distance of generated samples from their means, pixels on [0, 1]."
     )
-    return table(titles, rows) + "\n\n" + note
+    if summary["kind"] == "density":
+        note = (
+            f"Densities at the pixel values k/{part.highest_level}, not likelihoods of images: as likelihoods, no "
+            f"model's ELBO can exceed {summary['rows'][0]['bound']:.1f} nats. "
+        ) + note
+    if summary["rows"][0]["is_code"]:
+        note = "bits/dim: a bound on the code length of the grey levels, from the probabilities of each model. " + note
+    return table(titles, [[line.get(title) or "" for title in titles] for line in lines]) + "\n\n" + note
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:

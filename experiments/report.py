@@ -21,11 +21,16 @@ VARIANTS = {
     "replay": "replayed F-VAE",
     "geometric": "annealed F-VAE",
     "kl_warmup": "F*-VAE, KL warm-up",
+    "learned_map": "learned-map VAE",
+    "lv_star": "LV*-VAE",
+    "logistic": "logistic VAE",
+    "mixture": "mixture VAE",
 }
 COLOURS = dict(zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=False))  # one for a variant in all figures
-FOLLOWING = ("f_star", "replay", "geometric", "kl_warmup")  # take their sigma from the LS-VAE of the same seed
+FOLLOWING = ("f_star", "replay", "geometric", "kl_warmup", "lv_star")  # start from the LS-VAE of the same seed
 SCHEDULED = ("replay", "geometric")  # have a sigma for each step
 CONSTANT = ("f", "f_star", "kl_warmup")  # have one sigma
+VARYING = ("lv", "learned_map", "lv_star", "logistic", "mixture")  # have a sigma for each dimension
 
 
 def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -59,6 +64,11 @@ def row(
         if "importance_bound" in mean:
             rate = evaluation.rate(mean["importance_bound"], shape, kind=kind, levels=levels or 256)
             result["importance_bits_per_dimension"] = rate.bits_per_dimension
+    # The bits of probabilities replace those of a density, which are no code length.
+    for name, bits in (("code_elbo", "bits_per_dimension"), ("code_importance_bound", "importance_bits_per_dimension")):
+        if name in mean:
+            rate = evaluation.rate(mean[name], shape, kind="discretised", levels=levels or 256)
+            result |= {bits: rate.bits_per_dimension, "is_code": True}
     return result
 
 
@@ -80,7 +90,7 @@ def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> Non
     number, the part of it that this sigma imposes on any networks, an interval."""
     for row in rows:
         row["gap"] = test_log_prob - row["elbo"]
-        if row["variant"] != "lv":
+        if row["variant"] not in VARYING:
             low, high = theory.toy_best_elbo(row["sigma"])
             row["best_elbo"] = [low, high]
             row["sigma_gap"] = [-theory.toy_entropy() - high, -theory.toy_entropy() - low]
@@ -96,6 +106,7 @@ def line(title: str, row: Mapping[str, Any]) -> str:
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as a table with notes."""
     lines = [_cells(row) for row in summary["rows"]]
+    lines += [{"": title, "bits/dim": f"{bits:.4f}"} for title, bits in summary.get("histograms", {}).items()]
     titles = list(dict.fromkeys(title for line in lines for title in line))
     widths = [max(len(title), *(len(line.get(title, "")) for line in lines)) + 2 for title in titles]
     text = ["".join(f"{title:{'>' if title else '<'}{width}}" for title, width in zip(titles, widths, strict=True))]
@@ -143,9 +154,9 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
     levels = summary.get("levels") or 256  # runs from before the number was recorded have 8 bits
     notes = [
         f"ELBO = log p(x|z) - KL, in nats, higher is better: {spread}, on {summary['num_test_examples']} test "
-        "examples. sigma: the final one, mean over seeds (LV-VAE: and dimensions). best sigma: the root mean squared "
-        f"error, which is optimal for these reconstructions. Both in the unit {summary['unit']}. active units: latent "
-        f"dimensions in use, out of {summary['latent_size']}."
+        "examples. sigma: the final one, mean over seeds and, where it varies, over dimensions. best sigma: the root "
+        f"mean squared error, which is optimal for these reconstructions. Both in the unit {summary['unit']}. active "
+        f"units: latent dimensions in use, out of {summary['latent_size']}."
     ]
     if "paper's ELBO" in titles:
         notes.append(f"The paper drops the density's constant (n/2) log 2 pi, n = {n}: its ELBO is higher by that.")
@@ -168,21 +179,24 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
             "noise: root mean square distance between generated samples and their means. Both use "
             f"{min(100, summary['num_test_examples'])} images."
         )
-    if "bits/dim" in titles and not first["is_code"]:
+    if summary["kind"] == "density":
         notes.append(
-            f"These are densities at the pixel values k/{levels - 1}, not likelihoods of images. No model of these "
-            f"images can have an ELBO above n ln {levels} = {first['bound']:.1f} nats as a likelihood, and bits/dim = "
-            f"(n ln {levels} - ELBO) / (n ln 2) is not a code length here. Use --dequantize or --discretise to get one."
+            f"These ELBOs are of densities at the pixel values k/{levels - 1}, not likelihoods of images: as a "
+            f"likelihood, no ELBO can exceed n ln {levels} = {first['bound']:.1f} nats."
+        )
+    if "bits/dim" in titles and first["is_code"]:
+        notes.append(
+            f"bits/dim: a bound on the code length of the {levels} grey levels, from the probabilities that the model "
+            f"gives them, whatever it was trained with; uniform noise has {math.log2(levels):.4g}."
         )
     elif "bits/dim" in titles:
-        notes.append(
-            f"bits/dim: a bound on the code length of the {levels} grey levels; uniform noise has "
-            f"{math.log2(levels):.4g}."
-        )
+        notes.append(f"bits/dim = (n ln {levels} - ELBO) / (n ln 2) is not a code length here.")
+    if summary.get("histograms"):
+        notes.append("The histograms count the grey levels of the training split. They know nothing of the image.")
     if "bits/dim" in titles and "paper's ELBO" not in titles:
         notes.append(
-            "sigma belongs to the Gaussian before rounding. best sigma uses means clipped to [0, 1]: it is not optimal "
-            "here."
+            "sigma belongs to the distribution before rounding. best sigma uses means clipped to [0, 1]: it is not "
+            "optimal here."
         )
     return [textwrap.fill(note, 118) for note in notes]
 
@@ -217,6 +231,7 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
 
 def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
     columns: dict[str, dict[str, np.ndarray]] = {}
+    varying = [VARIANTS[variant] for variant in VARYING]
     for variant, title in VARIANTS.items():
         part = [member for member in summary["members"] if member["variant"] == variant]
         if part:
@@ -233,12 +248,12 @@ def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
             ]
         )
         for title, column in columns.items()
-        if title != VARIANTS["lv"] and summary["kind"] != "discretised"
+        if title not in varying and summary["kind"] != "discretised"
     }
     limited = sorted({(row["sigma"], row["best_elbo"][1]) for row in summary["rows"] if "best_elbo" in row})
     return figures.elbo_against_sigma(
-        {title: (column["sigma"], column["elbo"]) for title, column in columns.items() if title != VARIANTS["lv"]},
-        {title: column["elbo"] for title, column in columns.items() if title in (VARIANTS["ls"], VARIANTS["lv"])},
+        {title: (column["sigma"], column["elbo"]) for title, column in columns.items() if title not in varying},
+        {title: column["elbo"] for title, column in columns.items() if title in {VARIANTS["ls"], *varying}},
         reused=(grid, reused),
         limits=np.array(limited).reshape(-1, 2).T,
         bound=-summary["entropy"] if "entropy" in summary else None,

@@ -5,12 +5,12 @@
 trains, on the toy, an F-VAE at sigma = 0.1, an LS-VAE and an LV-VAE, three seeds each, prints one table and leaves
 metrics, checkpoints, figures and summary.json in a directory below runs/. The same command resumes an interrupted run,
 and reports a finished one again. It takes from one and a half to ten minutes on two CPU cores; expect ELBOs of about
--0.90, -0.75 and -0.48 nats.
+-0.90, -0.75 and -0.46 nats.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,22 @@ import tqdm
 from absl import flags
 
 from experiments import command, loop, report
-from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS
+from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS, VARYING
 from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.images import celeba_fingerprint
+from lvae_jax.likelihoods import Schedule
 
 NUM_EVIDENCE_EXAMPLES = 1000
+BALANCED = 0.9  # of the steps, the part before the balance of the LV-VAE's gradients falls
+RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
+EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
 TWINS = {"f_star": "f", "geometric": "replay"}  # the same model with other sigmas: one program serves both
 
 
 class Config(NamedTuple):
-    """What a sweep computes. The one place of the defaults: the toy's; `configure` knows the others."""
+    """What a sweep computes. A field's default is what was done before it existed, so that old runs keep their meaning;
+    `configure` knows the defaults of today."""
 
     sigma: tuple[float, ...] = (0.1,)
     variants: tuple[str, ...] = ("f", "ls", "lv")
@@ -45,7 +50,10 @@ class Config(NamedTuple):
     widths: tuple[int, ...] = (200,)
     num_blocks: int = 4
     bfloat16: bool = False
-    gain: float = likelihoods.GAIN
+    gain: float = 0.03
+    balance: float = 0.0
+    warm_start: float = 0.0
+    num_components: int = 5
     beta: float = 1.0
     learning_rate: float = 2e-3
     decay: bool = True
@@ -65,9 +73,18 @@ class Config(NamedTuple):
     celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
 
 
+# How the LV-VAE's log sigma learns, on all data.
+TOY_DEFAULTS: dict[str, Any] = {"gain": 1.0, "balance": 1.0, "warm_start": 0.3}
 # The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
-IMAGE_DEFAULTS: dict[str, Any] = {"num_steps": 600, "latent_size": 256, "widths": (32, 64, 64), "num_blocks": 4}
-DIGITS_DEFAULTS: dict[str, Any] = {"num_steps": 1500, "latent_size": 16, "widths": (16, 32), "num_blocks": 1}
+IMAGE_DEFAULTS: dict[str, Any] = TOY_DEFAULTS | {
+    "num_steps": 600,
+    "latent_size": 256,
+    "widths": (32, 64, 64),
+    "num_blocks": 4,
+    "discretise": True,
+}
+DIGITS_NETWORK = {"latent_size": 16, "widths": (16, 32), "num_blocks": 1}
+DIGITS_DEFAULTS = IMAGE_DEFAULTS | DIGITS_NETWORK | {"num_steps": 1500}
 CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
 CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
@@ -76,7 +93,9 @@ def configure(**values: Any) -> Config:
     """The config of these values, with the data set's defaults for those that are missing or None."""
     given = {name: value for name, value in values.items() if value is not None}
     name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
-    defaults = {"toy": {}, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
+    defaults = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
+    if given.get("dequantize"):
+        defaults = defaults | {"discretise": False}
     return Config(**defaults | given)
 
 
@@ -135,6 +154,8 @@ def check(config: Config, **places: Any) -> None:
         raise command.UsageError(
             f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR"
         )
+    if "lv_star" in config.variants and "ls" not in config.variants:
+        raise command.UsageError("--variants=lv_star takes its encoder and its mean from LS runs: add ls to --variants")
     if config.sigma_from is not None and (not needing or "ls" in config.variants):
         raise command.UsageError(
             f"--sigma_from serves {', '.join(FOLLOWING)} in place of ls: name one of those in --variants, not ls"
@@ -150,8 +171,14 @@ def check(config: Config, **places: Any) -> None:
             raise command.UsageError(f"--{name}={value:g}: must be a positive number")
     if not 0.0 <= config.ema_decay < 1.0:
         raise command.UsageError(f"--ema_decay={config.ema_decay:g}: must be from 0, for none, to below 1")
-    if config.discretise and (config.dataset == "toy" or config.dequantize):
-        raise command.UsageError("--discretise is for images that are not dequantised: leave out one of the two")
+    if config.discretise and config.dataset == "toy":
+        raise command.UsageError("--discretise is for images: leave it out, or give another --dataset")
+    if config.discretise and config.dequantize:
+        raise command.UsageError(EXCLUDING)
+    if not 0.0 <= config.balance <= 2.0:
+        raise command.UsageError(f"--balance={config.balance:g}: must be from 0, for none, to 2")
+    if not 0.0 <= config.warm_start <= 1.0 - RAMP:
+        raise command.UsageError(f"--warm_start={config.warm_start:g}: must be from 0, for none, to {1.0 - RAMP:g}")
     if config.evidence and (config.dataset != "toy" or config.latent_size > 2):
         raise command.UsageError(
             "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
@@ -160,7 +187,7 @@ def check(config: Config, **places: Any) -> None:
         raise command.UsageError(
             f"--num_importance_samples={config.num_importance_samples}: must be 0, for none, or more"
         )
-    for name in ("num_seeds", "num_steps", "batch_size", "latent_size", "num_blocks"):
+    for name in ("num_seeds", "num_steps", "batch_size", "latent_size", "num_blocks", "num_components"):
         value = getattr(config, name)
         if value < 1:
             raise command.UsageError(f"--{name}={value}: must be at least 1")
@@ -213,37 +240,51 @@ def make_vae(
     latent_size: int,
     sigma: Any,
     *,
-    gain: float = likelihoods.GAIN,
+    gain: float = 1.0,
+    balance: Schedule | None = None,
+    ramp: Schedule | None = None,
+    num_components: int = 5,
     levels: int | None = 256,
     discretise: bool = False,
     **network: Any,
 ) -> vae_lib.VAE:
     """The paper's networks for data of this shape, under the variant's observation model.
 
-    `sigma` is a number or, for the scheduled variants, one for each step; `gain` is that of
-    `likelihoods.learned_vector`. `levels` is the number of grey levels of images, on which no learned sigma goes below
-    the noise of quantisation; None for points. `network` are options of both networks.
+    `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
+    `num_components` are those of `likelihoods.learned_vector` and `mixture`. `levels` is the number of grey levels of
+    images, on which no learned sigma goes below the noise of quantisation; None for points. `network` are options of
+    both networks.
     """
     images = len(shape) == 3
-    floor = {"floor": likelihoods.quantisation_noise(levels)} if images and levels is not None else {}
+    floor: dict[str, Any] = {}
+    if images and levels is not None:
+        floor = {"floor": likelihoods.quantisation_noise(levels)}
+    vector: dict[str, Any] = {"gain": gain, "balance": balance, "ramp": ramp}
+    options: dict[str, Any] = {
+        "lv": vector,
+        "logistic": vector,
+        "mixture": {"gain": gain, "num_components": num_components},
+    }
     if variant in CONSTANT:
         likelihood = likelihoods.fixed(sigma)
     elif variant in SCHEDULED:
         likelihood = likelihoods.fixed(likelihoods.replay(sigma))
-    elif variant == "lv":
-        likelihood = likelihoods.learned_vector(sigma, gain=gain, **floor)
+    elif variant == "learned_map":
+        likelihood = likelihoods.learned_map(shape, sigma, **floor)
+    elif variant == "lv_star":
+        # With a ramp, even a constant one, the LS-VAE's sigma is a parameter, which checkpoints keep.
+        likelihood = likelihoods.learned_vector(sigma, gain=gain, ramp=likelihoods.constant(1.0), **floor)
     else:
-        likelihood = likelihoods.HEADS[variant](sigma, **floor)
+        likelihood = likelihoods.HEADS[variant](sigma, **options.get(variant, {}), **floor)
     if discretise and levels is not None:
         likelihood = likelihoods.discretised(likelihood, levels=levels)
-    encoder = networks.conv_encoder if images else networks.mlp_encoder
-    decoder = networks.conv_decoder if images else networks.mlp_decoder
-    return vae_lib.VAE(
-        encoder(shape, latent_size, **network),
-        decoder(shape, likelihood.outputs, latent_size, **network),
-        likelihood,
-        latent_size,
-    )
+    encoder = (networks.conv_encoder if images else networks.mlp_encoder)(shape, latent_size, **network)
+    make_decoder = networks.conv_decoder if images else networks.mlp_decoder
+    decoder = make_decoder(shape, likelihood.outputs, latent_size, **network)
+    if variant == "lv_star":  # the networks of an LS-VAE, beside one for log sigma
+        one = make_decoder(shape, 1, latent_size, **network)
+        encoder, decoder = networks.frozen(encoder), networks.side_by_side(networks.frozen(one), one)
+    return vae_lib.VAE(encoder, decoder, likelihood, latent_size)
 
 
 def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
@@ -251,15 +292,25 @@ def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any
     network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
-    head: dict[str, Any] = {"gain": config.gain, "levels": levels, "discretise": config.discretise}
+    names = ("gain", "num_components", "discretise")
+    head: dict[str, Any] = {name: getattr(config, name) for name in names} | {"levels": levels}
+    if config.balance:
+        begin = round(BALANCED * config.num_steps)
+        head["balance"] = optax.linear_schedule(config.balance, 0.0, max(1, config.num_steps - begin), begin)
+    if config.warm_start:
+        begin = round(config.warm_start * config.num_steps)
+        head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
     return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
 
 
-def groups(config: Config, variant: str, record: np.ndarray | None, *, alone: bool) -> list[loop.Group]:
+def groups(
+    config: Config, variant: str, record: np.ndarray | None, *, alone: bool, ls: vae_lib.Params | None = None
+) -> list[loop.Group]:
     """The sweep members of a variant, all together or each alone; for f, they are every sigma with every seed.
 
     `record` is sigma(t) of LS runs, [num_seeds, T + 1], which those that follow them need. geometric decays, over the
-    first half of the steps, from their first sigma to their last.
+    first half of the steps, from their first sigma to their last. `ls` are the trained params of the LS runs, leaves
+    [num_seeds, ...], with which lv_star begins.
     """
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     sigmas = np.ones(config.num_seeds)
@@ -271,12 +322,20 @@ def groups(config: Config, variant: str, record: np.ndarray | None, *, alone: bo
         if variant == "geometric":
             progress = np.minimum(np.arange(config.num_steps + 1) / half_way(config), 1.0)
             sigmas = record[:, :1] * (record[:, -1:] / record[:, :1]) ** progress
+
+    def group(name: str, part: slice) -> loop.Group:
+        def begin(params: vae_lib.Params) -> vae_lib.Params:
+            taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), ls)
+            return params | {
+                "encoder": taken["encoder"],
+                "decoder": params["decoder"] | {"first": taken["decoder"]},
+            }
+
+        return loop.Group(name, seeds[part], sigmas[part], begin if ls is not None else None)
+
     if not alone:
-        return [loop.Group(variant, seeds, sigmas)]
-    return [
-        loop.Group(f"{variant}-{index}", seeds[index : index + 1], sigmas[index : index + 1])
-        for index in range(len(seeds))
-    ]
+        return [group(variant, slice(None))]
+    return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
 
 
 def half_way(config: Config) -> int:
@@ -306,7 +365,9 @@ def train_all(
         warmup = optax.linear_schedule(0.0, config.beta, half_way(config))
         beta = warmup if variant == "kl_warmup" else config.beta
         compiled = programs.get(TWINS.get(variant, variant))
-        programs[variant] = compiled or loop.compile_programs(dataset, make, beta=beta, **options)
+        programs[variant] = compiled or loop.compile_programs(
+            dataset, make, beta=beta, dequantised=config.dequantize, **options
+        )
     if record is not None:
         keep_record(path, record)
     for variant in order:  # a damaged checkpoint has to come to light before any work
@@ -316,6 +377,7 @@ def train_all(
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
     rows: list[dict[str, Any]] = []
+    ls: list[vae_lib.Params] = []  # of each group
     kind = "points" if dataset.levels is None else "density"
     kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
     quiet = jax.process_index() != 0
@@ -326,9 +388,13 @@ def train_all(
             bar.set_description(VARIANTS[variant])
             records: list[np.ndarray] = []
             of_variant: list[dict[str, Any]] = []
-            for group in groups(config, variant, record, alone=alone):
+            taken = jax.tree.map(lambda *parts: np.concatenate(parts), *ls) if variant == "lv_star" else None
+            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == "ls"}
+            for group in groups(config, variant, record, alone=alone, ls=taken):
                 states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
-                of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset)
+                of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset, errors)
+                if variant == "ls" and "lv_star" in order:
+                    ls.append(jax.device_get(states.weights))
                 sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
                 of_variant += of_group
@@ -354,6 +420,7 @@ def train_all(
         "num_test_examples": len(dataset.test),
         "num_importance_samples": config.num_importance_samples,
         "num_evidence_examples": NUM_EVIDENCE_EXAMPLES,
+        "histograms": {} if dataset.levels is None else histograms(dataset),
         "unit": dataset.unit,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
@@ -372,6 +439,16 @@ def train_all(
     return summary
 
 
+def histograms(dataset: datasets.Dataset) -> dict[str, float]:
+    """`evaluation.histograms` of the data set, in bits per dimension."""
+    assert dataset.levels is not None, "checked by the caller"
+    found = evaluation.histograms(dataset.train, dataset.test, levels=dataset.levels)
+    return {
+        title: evaluation.rate(nats, dataset.shape, kind="discretised").bits_per_dimension
+        for title, nats in found.items()
+    }
+
+
 def keep_record(path: Path, record: np.ndarray) -> None:
     """Writes sigma(t) of the LS runs, [num_seeds, T + 1], to where `imported_record` of another run finds it."""
     runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
@@ -384,19 +461,25 @@ def evaluate(
     programs: loop.Programs,
     states: training.TrainState,
     dataset: datasets.Dataset,
+    ls_errors: Mapping[int, float],
 ) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
     """The final scores and diagnostics of each member on the whole test split, and its pictures of the first test
-    examples.
+    examples. `ls_errors` are the mean squared errors of the LS runs by seed, as far as there are any.
 
     Raises:
       runs.RunError: the scores are not finite.
     """
-    scores, diagnostics = loop.evaluate(group, programs, states, dataset)
+    scores, diagnostics, code_elbo = loop.evaluate(group, programs, states, dataset)
     columns = {name: values for name, values in vae_lib.summary(scores)._asdict().items()}
     columns |= diagnostics._asdict() | {"best_sigma": np.sqrt(columns["mse"])}
+    if code_elbo is not None:
+        columns["code_elbo"] = code_elbo.mean(axis=-1)
     if config.num_importance_samples:
-        bounds = loop.importance_bound(group, programs, states, dataset, num_samples=config.num_importance_samples)
-        columns["importance_bound"] = bounds.mean(axis=-1)
+        bound = functools.partial(loop.importance_bound, group, programs, states, dataset)
+        columns["importance_bound"] = bound(num_samples=config.num_importance_samples).mean(axis=-1)
+        if code_elbo is not None and not config.discretise:
+            bounds = bound(num_samples=config.num_importance_samples, as_code=True)
+            columns["code_importance_bound"] = bounds.mean(axis=-1)
     if config.evidence:
         x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
         evidence, columns["evidence_error"] = loop.evidence(group, programs, states, x)
@@ -419,7 +502,10 @@ def evaluate(
     for index, seed in enumerate(group.seeds):
         final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}
         of_member = type(diagnostics)(*(field[index] for field in diagnostics))
-        final["diagnosis"] = evaluation.diagnosis(of_member, discretised=config.discretise)
+        relative = None
+        if variant in VARYING and int(seed) in ls_errors:
+            relative = math.sqrt(final["mse"] / ls_errors[int(seed)])
+        final["diagnosis"] = evaluation.diagnosis(of_member, discretised=config.discretise, relative_error=relative)
         sigma = float(group.sigmas[index]) if variant in CONSTANT else final["sigma_mean"]
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
@@ -444,7 +530,7 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
 
 
 def define_flags() -> None:
-    defaults = Config()
+    defaults = configure()
     with command.group("the comparison"):
         flags.DEFINE_list("sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs, in units of the data")
         names = ", ".join(f"{name} ({title})" for name, title in VARIANTS.items())
@@ -476,10 +562,11 @@ def define_flags() -> None:
     with command.group("the likelihood of images"):
         flags.DEFINE_bool(
             "discretise",
-            defaults.discretise,
-            "give each grey level a probability instead of a density: the ELBO then bounds the log probability of the "
-            "image (also --discretize)",
+            None,
+            "give each grey level a probability: the ELBO then bounds the log probability of the image (also "
+            "--discretize; the default, without --density and --dequantize)",
         )
+        flags.DEFINE_bool("density", False, "take the density at the grey levels instead, as the paper does")
         flags.DEFINE_bool(
             "dequantize",
             defaults.dequantize,
@@ -514,7 +601,22 @@ def define_flags() -> None:
         flags.DEFINE_float(
             "gain",
             defaults.gain,
-            "factor of the decoder's output in the LV-VAE's log sigma, which sets its speed",
+            "factor of the decoder's output in the log sigma of lv, lv_star, logistic and mixture: sets its speed",
+        )
+        flags.DEFINE_float(
+            "balance",
+            defaults.balance,
+            "exponent b of the weights sigma^2b of the gradients of lv and logistic, where densities train them. It "
+            f"falls to 0 after {BALANCED:.0%} of the steps. With 1 all errors weigh the same; 0 for no weights",
+        )
+        flags.DEFINE_float(
+            "warm_start",
+            defaults.warm_start,
+            "part of the steps in which lv and logistic have one learned sigma for all dimensions; over the next "
+            f"{RAMP:.0%} the decoder's log sigma comes in; 0 for no such start",
+        )
+        flags.DEFINE_integer(
+            "num_components", defaults.num_components, "logistic distributions in each of mixture's pixels"
         )
         flags.DEFINE_float("clip_norm", defaults.clip_norm, "largest norm of a gradient; longer ones are scaled down")
         flags.DEFINE_float(
@@ -551,6 +653,12 @@ def main() -> None:
     values = command.values(name for name in Config._fields if name != "celeba_files")
     values["sigma"] = command.numbers("sigma", values["sigma"])
     values["widths"] = values["widths"] and command.numbers("widths", values["widths"], int)
+    if flags.FLAGS.density:
+        if values["discretise"] or values["dequantize"]:
+            raise command.UsageError(EXCLUDING)
+        if values["dataset"] == "toy":
+            raise command.UsageError("--density is for images: leave it out, or give another --dataset")
+        values["discretise"] = False
     config = configure(**values | {"variants": tuple(values["variants"])})
     run(config, **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 

@@ -2,7 +2,7 @@
 
   import jax, lvae_jax as lv
 
-  head = lv.learned_scalar()  # LS-VAE; also fixed, learned_vector, optimal
+  head = lv.learned_scalar()  # LS-VAE; also fixed, learned_vector, optimal, logistic, ...
   vae = lv.VAE(lv.mlp_encoder((2,), 2), lv.mlp_decoder((2,), head.outputs, 2), head, latent_size=2)
   params = lv.init(jax.random.key(0), vae)
   terms = lv.elbo(jax.random.split(jax.random.key(1), len(x)), vae, params, x)  # x [B, 2]; terms.elbo is [B], in nats
@@ -22,8 +22,11 @@ from lvae_jax.likelihoods import (
     discretised,
     fixed,
     geometric,
+    learned_map,
     learned_scalar,
     learned_vector,
+    logistic,
+    mixture,
     optimal,
     quantisation_noise,
     replay,
@@ -65,8 +68,11 @@ __all__ = [
     "importance_bound",
     "init",
     "init_state",
+    "learned_map",
     "learned_scalar",
     "learned_vector",
+    "logistic",
+    "mixture",
     "mlp_decoder",
     "mlp_encoder",
     "optimal",

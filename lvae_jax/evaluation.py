@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 import scipy.signal
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import datasets, gaussians
+from lvae_jax import datasets, gaussians, likelihoods
 from lvae_jax import vae as vae_lib
 from lvae_jax.vae import VAE, Params, Scores, Terms
 
@@ -82,6 +82,45 @@ def examine(key: Key[Array, ""], vae: VAE, params: Params, x: Array, index: Int[
     their global indices `index` [B] decide the draws of z."""
     terms = vae_lib.elbo(datasets.example_keys(key, index), vae, params, x)
     return vae_lib.scores(terms, x), details(terms, x, floor=vae.likelihood.floor)
+
+
+def as_probabilities(vae: VAE, *, levels: int, dequantised: bool = False) -> VAE:
+    """The model of data with grey levels, whatever it was trained with, as probabilities of these levels: its head
+    `likelihoods.discretised`. Its ELBO is the one that compares models.
+
+    Raises:
+      ValueError: as `likelihoods.discretised` says.
+    """
+    head = likelihoods.discretised(vae.likelihood, levels=levels, dequantised=dequantised)
+    return vae._replace(likelihood=head)
+
+
+def histograms(train: UInt8[np.ndarray, "N *S"], test: UInt8[np.ndarray, "M *S"], *, levels: int) -> dict[str, float]:
+    """The mean log probability in nats of the test examples under two models without any learning: a histogram of the
+    training examples for each dimension, and one for all dimensions. A model of images has to beat the first.
+
+    A level that was seen c times in N dimensions of L = `levels` has the probability (c + 1/2) / (N + L/2) (Krichevsky
+    and Trofimov, The performance of universal encoding, 1981).
+    """
+
+    def count(examples: UInt8[np.ndarray, "N *S"]) -> Int[np.ndarray, "D L"]:
+        total = np.zeros((size, levels), np.int64)
+        for start in range(0, len(examples), 1000):
+            rows = np.asarray(examples[start : start + 1000]).reshape(-1, size)
+            cells = rows + levels * np.arange(size)[None]
+            total += np.bincount(cells.ravel(), minlength=total.size).reshape(total.shape)
+        return total
+
+    def log_prob(seen: Int[np.ndarray, "H L"], asked: Int[np.ndarray, "H L"]) -> float:
+        probabilities = (seen + 0.5) / (seen.sum(axis=1, keepdims=True) + 0.5 * levels)
+        return float(np.sum(asked * np.log(probabilities)) / len(test))
+
+    size = math.prod(test.shape[1:])
+    seen, asked = count(train), count(test)
+    return {
+        "histogram of each pixel": log_prob(seen, asked),
+        "histogram of all pixels": log_prob(seen.sum(axis=0)[None], asked.sum(axis=0)[None]),
+    }
 
 
 def importance_score(
@@ -226,13 +265,15 @@ def diagnostics(details: Details) -> Diagnostics:
     )
 
 
-def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
+def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False, relative_error: float | None = None) -> str:
     """One model's diagnostics in plain words, on one line: "calibrated", or everything that is wrong.
 
-    In this order: a value that is not finite; posterior collapse, no active unit; sigma at its floor in more than 5 %
-    of the dimensions; overconfident or underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by
-    more than 0.1 stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The
-    residuals of a `discretised` head are skipped: they use its clipped mean and say little about its probabilities.
+    In this order: a value that is not finite; posterior collapse, no active unit; data explained by variance, if the
+    model's root mean squared error is more than 1.5 times what one scalar sigma reaches with the same networks,
+    `relative_error` (None where that is not known); sigma at its floor in more than 5 % of the dimensions;
+    overconfident or underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by more than 0.1
+    stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The residuals of a
+    `discretised` head are skipped: they use its clipped mean and say little about its probabilities.
     """
     if not all(np.isfinite(field).all() for field in diagnostics):
         return "diverged: a diagnostic is not finite"
@@ -240,6 +281,8 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False) -> str:
     findings = []
     if diagnostics.active_units == 0:
         findings.append(f"posterior collapse: none of the latent dimensions, {size}, is active")
+    if relative_error is not None and relative_error > 1.5:
+        findings.append(f"explains data by variance: its error is {relative_error:.2f} times the LS-VAE's")
     if diagnostics.floor_fraction > 0.05:
         findings.append(f"sigma at its floor in {diagnostics.floor_fraction:.0%} of the dimensions")
     if discretised:

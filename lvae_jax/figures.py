@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
-MODEL_COLOURS = tuple(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9))  # without C7, the grey of other lines
+# Matplotlib's ten without C7, the grey of other lines, and three more.
+MODEL_COLOURS = (*(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "#393b79", "#7b4173", "#e7ba52")
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 

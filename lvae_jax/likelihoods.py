@@ -1,25 +1,28 @@
-"""Observation models p(x|z): isotropic or diagonal Gaussians that differ only in where log sigma comes from, as
-densities or, for images with grey levels, as probabilities.
+"""Observation models p(x|z): Gaussians that differ only in where log sigma comes from, and logistic distributions, as
+densities or, for data with grey levels, as probabilities.
 
 Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels for each data dimension of x [B, *S].
-  Channel 0 is the mean; channel 1, where there is one, the log stddev. Units: sigma has the unit of x; densities are in
-  nats, summed over *S and never averaged.
+  Channel 0 is the mean; channel 1, where there is one, moves the log stddev. Units: sigma has the unit of x; densities
+  are in nats, summed over *S and never averaged.
 
 | head | name in the paper | log sigma |
 |---|---|---|
 | `fixed(0.1)` | F-VAE, F*-VAE | a constant |
 | `fixed(schedule)` | F-VAE, external schedule (A.2) | a function of the step |
 | `learned_scalar()` | LS-VAE, Eq. 10 | one free parameter |
+| `learned_map(shape)` | | one free parameter for each data dimension |
 | `learned_vector()` | LV-VAE, Eq. 11 | a second decoder output for each data dimension |
 | `optimal()` | sigma-VAE (Rybkin et al., ICML 2021) | closed form: sigma^2 = mean squared error |
+| `logistic()` | | as `learned_vector`, of a logistic distribution |
+| `mixture()` | | three decoder outputs for each component, a logistic distribution, of each data dimension |
 | `discretised(head)` | | as the head's |
 
-The log stddev of `fixed`, `learned_scalar` and `optimal` lives in the head's parameters, so that one compiled program
-serves every sigma.
+The log stddev of `fixed`, `learned_scalar`, `learned_map` and `optimal` lives in the head's parameters, so that one
+compiled program serves every sigma.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lvae_jax import gaussians
+from lvae_jax import gaussians, logistics
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
@@ -38,7 +41,28 @@ Params = dict[str, Any]
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 FLOOR = math.exp(LOG_STDDEV_RANGE[0])
 
-GAIN = 0.03  # of `learned_vector`
+
+class Family(NamedTuple):
+    """A symmetric distribution of one dimension, by elementwise functions of x, mean and log stddev; `gaussians` says
+    what each of them is."""
+
+    log_prob: Callable[[Array, Array, Array], Array]
+    log_cdf: Callable[[Array, Array, Array], Array]
+    log_bin_mass: Callable[[Array, Array, Array], Array]
+    sample: Callable[[Key[Array, ""], Array, Array], Array]
+
+
+GAUSSIAN = Family(gaussians.log_prob, gaussians.log_cdf, gaussians.log_bin_mass, gaussians.sample)
+LOGISTIC = Family(logistics.log_prob, logistics.log_cdf, logistics.log_bin_mass, logistics.sample)
+
+
+class Grid(NamedTuple):
+    """Where the grey levels k = 0, ..., `last` lie: level k is the bin k - 1/2 < `scale` x - `offset` < k + 1/2, the
+    first bin open to -inf and the last to inf."""
+
+    last: float
+    scale: float
+    offset: float
 
 
 class Likelihood(NamedTuple):
@@ -56,6 +80,8 @@ class Likelihood(NamedTuple):
       log_prob: (params, outputs [B, *S, K], x [B, *S]) -> [B], log p(x|z) in nats, the full density; of a discretised
         head, the probability.
       sample: (key, params, outputs [B, *S, K]) -> [B, *S], a draw from p(x|z).
+      log_mass: (params, outputs [B, *S, K], levels k [B, *S], grid) -> [B, *S], the log probability of each dimension's
+        level in nats, if the dimensions are independent given z and the head knows it. `discretised` needs it.
     """
 
     outputs: int
@@ -66,6 +92,7 @@ class Likelihood(NamedTuple):
     stddev: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "B *S"]]
     log_prob: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, " B"]]
     sample: Callable[[Key[Array, ""], Params, Float[Array, "B *S K"]], Float[Array, "B *S"]]
+    log_mass: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"], Grid], Float[Array, "B *S"]] | None = None
 
 
 def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
@@ -84,7 +111,9 @@ def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
     else:
         _check_sigma(sigma)
         init, update = lambda: _log(sigma), _unchanged
-    return _gaussian(1, 0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
+    return _elementwise(
+        GAUSSIAN, 1, 0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"])
+    )
 
 
 def learned_scalar(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
@@ -103,23 +132,142 @@ def learned_scalar(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOO
     """
     _check_sigma(sigma)
     clip = _soft_clip(floor)
-    return _gaussian(1, floor, lambda: _log(sigma), _unchanged, lambda params, outputs: clip(params["log_stddev"]))
+    return _elementwise(
+        GAUSSIAN, 1, floor, lambda: _log(sigma), _unchanged, lambda params, outputs: clip(params["log_stddev"])
+    )
 
 
-def learned_vector(sigma: float | Float[Array, ""] = 1.0, *, gain: float = GAIN, floor: float = FLOOR) -> Likelihood:
-    """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + `gain` * the decoder's second channel.
+def learned_map(shape: Sequence[int], sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
+    """N(mean, diag sigma^2) with one free log sigma for each dimension of data of this `shape`, the same for all
+    examples.
 
-    `gain` sets how fast log sigma learns against the mean. Where few dimensions carry all the data, an eager log sigma
-    settles on their spread before the mean has found them; there sigma is critical, the gradient that would encode
-    them vanishes, and some runs never leave. A gain well below 1, the plain network's, prevents that, at the price of a
-    slower sigma.
+    Its stationary point is sigma_i^2 = v_i, the mean squared error of dimension i. There log p(x|z) exceeds that of
+    `learned_scalar` by (n/2) (log mean v - mean log v) nats for the same means.
 
     Raises:
       ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.
     """
     _check_sigma(sigma)
+    clip = _soft_clip(floor)
+
+    def init() -> Params:
+        return jax.tree.map(lambda leaf: jnp.full(tuple(shape), leaf), _log(sigma))
+
+    return _elementwise(GAUSSIAN, 1, floor, init, _unchanged, lambda params, outputs: clip(params["log_stddev"])[None])
+
+
+def learned_vector(
+    sigma: float | Float[Array, ""] = 1.0,
+    *,
+    gain: float = 1.0,
+    floor: float = FLOOR,
+    balance: Schedule | None = None,
+    ramp: Schedule | None = None,
+    family: Family = GAUSSIAN,
+) -> Likelihood:
+    """LV-VAE (Eq. 11): N(mean, diag sigma^2), log sigma = log `sigma` + `gain` * d, d the decoder's second channel.
+
+    The gradient of log p(x|z) weighs the error of dimension i by 1 / sigma_i^2. An eager log sigma settles on the
+    spread of the data before the mean has found them; then the dimensions with a large sigma, those that are left to
+    encode, have next to no weight, and the model explains them by variance. Three options act against that. None
+    changes the value of log_prob, and where `balance` has come to 0 and `ramp` to 1, neither changes a gradient.
+
+    Args:
+      gain: the speed of log sigma against the mean; 1 is the plain network's.
+      balance: a schedule of b >= 0. The gradient of dimension i is weighted by sigma_i^2b, divided by the mean of that
+        over the example's dimensions. At b = 1 all errors weigh the same, as in an LS-VAE. Without the division these
+        are the weights of Seitzer et al., On the pitfalls of heteroscedastic uncertainty estimation, ICLR 2022. A
+        `discretised` head leaves the weights out.
+      ramp: a schedule r, from 0 to 1, of a warm start: log sigma = s + r * gain * d, where s is a free parameter that
+        starts at log `sigma`. At r = 0 this is the LS-VAE.
+      family: GAUSSIAN or LOGISTIC.
+
+    Raises:
+      ValueError: sigma is a number, or a concrete array, that is not positive, or `floor` is not from 0 to e.
+    """
+    _check_sigma(sigma)
+    clip, start = _soft_clip(floor), _log(sigma)
+    schedules = {name: value for name, value in {"balance": balance, "ramp": ramp}.items() if value is not None}
+
+    def init() -> Params:
+        return update({} if ramp is None else start, jnp.zeros((), jnp.int32), jnp.zeros(()))
+
+    def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
+        return params | {name: jnp.asarray(schedule(step), jnp.float32) for name, schedule in schedules.items()}
+
+    def log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        deviation = gain * outputs[..., 1]
+        if ramp is not None:
+            deviation = jax.lax.stop_gradient(params["ramp"]) * deviation
+        return clip((start | params)["log_stddev"] + deviation)
+
+    return _elementwise(family, 2, floor, init, update, log_stddev)
+
+
+def logistic(sigma: float | Float[Array, ""] = 1.0, **options: Any) -> Likelihood:
+    """`learned_vector`, whose options it takes, of logistic distributions: a sharper peak and longer tails than a
+    Gaussian of the same stddev, sigma. Kingma et al. (Improved variational inference with inverse autoregressive flow,
+    NeurIPS 2016) discretise it for 8-bit images.
+
+    Raises:
+      ValueError: as `learned_vector` says.
+    """
+    return learned_vector(sigma, family=LOGISTIC, **options)
+
+
+def mixture(
+    sigma: float | Float[Array, ""] = 1.0, *, num_components: int = 5, gain: float = 1.0, floor: float = FLOOR
+) -> Likelihood:
+    """A mixture of K = `num_components` logistic distributions for each dimension (Salimans et al., PixelCNN++, ICLR
+    2017). Of the decoder's 3K channels the first K move the components' means, the next K, times `gain`, their log
+    stddevs, and the last K are the logits of their weights.
+
+    Where all channels are 0, the components have the stddev `sigma` and means from -sigma to sigma.
+
+    Raises:
+      ValueError: sigma is a number, or a concrete array, that is not positive, `floor` is not from 0 to e, or
+        num_components is below 1.
+    """
+    _check_sigma(sigma)
+    if num_components < 1:
+        raise ValueError(f"num_components must be at least 1, got {num_components}")
     clip, log_sigma = _soft_clip(floor), _log(sigma)["log_stddev"]
-    return _gaussian(2, floor, dict, _unchanged, lambda params, outputs: clip(log_sigma + gain * outputs[..., 1]))
+    spread = np.linspace(-1.0, 1.0, num_components) if num_components > 1 else np.zeros(1)
+
+    def components(outputs: Float[Array, "B *S K"]) -> tuple[Array, Array, Array]:
+        """Means, log stddevs and log weights of the components, [B, *S, K] each."""
+        moves, deviations, logits = jnp.split(outputs, 3, axis=-1)
+        means = moves + jnp.exp(log_sigma) * spread.reshape([1] * (moves.ndim - 1) + [-1])
+        return means, clip(log_sigma + gain * deviations), jax.nn.log_softmax(logits)
+
+    def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        means, _, log_weights = components(outputs)
+        return jnp.sum(jnp.exp(log_weights) * means, axis=-1)
+
+    def stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        means, log_stddevs, log_weights = components(outputs)
+        gaps = means - mean(params, outputs)[..., None]
+        return jnp.sqrt(jnp.sum(jnp.exp(log_weights) * (jnp.exp(2.0 * log_stddevs) + gaps**2), axis=-1))
+
+    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+        means, log_stddevs, log_weights = components(outputs)
+        each = jax.nn.logsumexp(log_weights + LOGISTIC.log_prob(x[..., None], means, log_stddevs), axis=-1)
+        return jnp.sum(each, axis=tuple(range(1, x.ndim)))
+
+    def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        means, log_stddevs, log_weights = components(outputs)
+        choice_key, noise_key = jax.random.split(key)
+        choice = jax.random.categorical(choice_key, log_weights)[..., None]
+        chosen = (jnp.take_along_axis(value, choice, axis=-1)[..., 0] for value in (means, log_stddevs))
+        return LOGISTIC.sample(noise_key, *chosen)
+
+    def log_mass(
+        params: Params, outputs: Float[Array, "B *S K"], k: Float[Array, "B *S"], grid: Grid
+    ) -> Float[Array, "B *S"]:
+        means, log_stddevs, log_weights = components(outputs)
+        return jax.nn.logsumexp(log_weights + _log_mass(LOGISTIC, k[..., None], means, log_stddevs, grid), axis=-1)
+
+    return Likelihood(3 * num_components, floor, dict, _unchanged, mean, stddev, log_prob, sample, log_mass)
 
 
 def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
@@ -141,7 +289,9 @@ def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> L
     def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
         return {"log_stddev": clip(0.5 * jnp.log(mse))}
 
-    return _gaussian(1, floor, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"]))
+    return _elementwise(
+        GAUSSIAN, 1, floor, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"])
+    )
 
 
 def quantisation_noise(levels: int = 256) -> float:
@@ -157,10 +307,13 @@ def quantisation_noise(levels: int = 256) -> float:
     return 1.0 / (_last_level(levels) * math.sqrt(12.0))
 
 
-def discretised(likelihood: Likelihood, *, levels: int = 256) -> Likelihood:
-    """The Gaussian `likelihood` as a distribution over the grey levels k = 0, ..., `levels` - 1 of pixels x = k /
-    (levels - 1): P(k) is its mass on the bin of width 1 / (levels - 1) around x. The first and the last bin are open to
-    -inf and inf, so that the probabilities sum to one.
+def discretised(likelihood: Likelihood, *, levels: int = 256, dequantised: bool = False) -> Likelihood:
+    """The head `likelihood` as a distribution over the grey levels k = 0, ..., L - 1 of pixels, L = `levels`: P(k) is
+    its mass on the bin of level k. The first and the last bin are open to -inf and inf, so that the probabilities sum
+    to one.
+
+    Pixels are x = k / (L - 1), each in the middle of its bin of width 1 / (L - 1); or, if the head is of data that were
+    `dequantised`, x in [k / L, (k + 1) / L), which is the bin.
 
     >>> head = discretised(fixed(0.1), levels=17)
     >>> outputs, x = jnp.full((17, 1, 1), 0.2), jnp.linspace(0.0, 1.0, 17)[:, None]
@@ -169,31 +322,33 @@ def discretised(likelihood: Likelihood, *, levels: int = 256) -> Likelihood:
 
     log_prob takes any other x for the nearest level. It is never above 0: minus log_prob is the length of a code for
     the image, in nats, and a density has no such limit. The draws of `sample` are on the grid and have no gradients.
-    mean is the Gaussian's, clipped to [0, 1], because that of a black or a white pixel may lie anywhere. stddev is that
-    of the Gaussian before rounding. `optimal` remains the optimum of the density; if sigma is well above a bin, it is
+    mean is the head's, clipped to [0, 1], because that of a black or a white pixel may lie anywhere. stddev is that
+    of the head before rounding. `optimal` remains the optimum of the density; if sigma is well above a bin, it is
     the optimum of the probabilities as well.
 
     Raises:
-      ValueError: `levels` is below 2.
+      ValueError: `levels` is below 2, or the head has no `log_mass`.
     """
-    last_level = _last_level(levels)
+    last = _last_level(levels)
+    grid = Grid(last, float(levels), 0.5) if dequantised else Grid(last, last, 0.0)
+    if likelihood.log_mass is None:
+        raise ValueError(
+            "this head has no log_mass, the log probability of each dimension's grey level: give it one, or train on "
+            "dequantised images"
+        )
+    log_mass = likelihood.log_mass
 
     def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return jnp.clip(likelihood.mean(params, outputs), 0.0, 1.0)
 
+    def level(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+        return jnp.clip(jnp.floor(grid.scale * x - (grid.offset - 0.5)), 0.0, grid.last)
+
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
-        # In units of the bins' width, in which the bins tile the line without gaps in float32 too.
-        k = jnp.clip(jnp.round(last_level * x), 0.0, last_level)
-        centre = last_level * likelihood.mean(params, outputs)
-        log_stddev = jnp.log(last_level * likelihood.stddev(params, outputs))
-        first, last = k == 0.0, k == last_level
-        # P(X > 254.5) = P(-X < -254.5): one cdf serves both ends.
-        end = gaussians.log_cdf(jnp.where(last, 0.5 - last_level, 0.5), jnp.where(last, -centre, centre), log_stddev)
-        mass = jnp.where(first | last, end, gaussians.log_bin_mass(k, centre, log_stddev))
-        return jnp.sum(mass, axis=tuple(range(1, x.ndim)))
+        return jnp.sum(log_mass(params, outputs, level(x), grid), axis=tuple(range(1, x.ndim)))
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
-        return jnp.clip(jnp.round(last_level * likelihood.sample(key, params, outputs)), 0.0, last_level) / last_level
+        return (level(likelihood.sample(key, params, outputs)) + grid.offset) / grid.scale
 
     return likelihood._replace(mean=mean, log_prob=log_prob, sample=sample)
 
@@ -203,9 +358,11 @@ HEADS: dict[str, Callable[..., Likelihood]] = {
     "ls": learned_scalar,
     "lv": learned_vector,
     "optimal": optimal,
+    "logistic": logistic,
+    "mixture": mixture,
 }
-"""Every head by its short name; each takes its (initial) sigma, and can be `discretised`. The command line and the
-property tests read this table."""
+"""Every head that needs nothing but its (initial) sigma, by its short name; each can be `discretised`. The command line
+and the property tests read this table."""
 
 
 def constant(sigma: float) -> Schedule:
@@ -246,14 +403,16 @@ def replay(sigmas: Float[Array, " T"]) -> Schedule:
     return lambda step: jnp.take(sigmas, step, mode="clip")
 
 
-def _gaussian(
+def _elementwise(
+    family: Family,
     outputs: int,
     floor: float,
     init: Callable[[], Params],
     update: Callable[[Params, Int[Array, ""], Float[Array, ""]], Params],
     log_stddev: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "..."]],
 ) -> Likelihood:
-    """The head whose log stddev, of a shape that broadcasts to [B, *S], is `log_stddev(params, outputs)`."""
+    """The head of this family whose log stddev, of a shape that broadcasts to [B, *S], is `log_stddev(params,
+    outputs)`. A parameter called balance is the exponent b of the weights of `learned_vector`."""
 
     def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return outputs[..., 0]
@@ -262,14 +421,33 @@ def _gaussian(
         return jnp.broadcast_to(jnp.exp(log_stddev(params, outputs)), outputs.shape[:-1])
 
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
-        return jnp.sum(
-            gaussians.log_prob(x, outputs[..., 0], log_stddev(params, outputs)), axis=tuple(range(1, x.ndim))
-        )
+        log_sigma, axes = log_stddev(params, outputs), tuple(range(1, x.ndim))
+        each = family.log_prob(x, outputs[..., 0], log_sigma)
+        if "balance" in params:
+            weights = math.prod(x.shape[1:]) * jax.nn.softmax(2.0 * params["balance"] * log_sigma, axis=axes)
+            extra = jax.lax.stop_gradient(weights - 1.0) * each
+            each = each + (extra - jax.lax.stop_gradient(extra))  # adds 0, and the gradient of `extra`
+        return jnp.sum(each, axis=axes)
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
-        return gaussians.sample(key, outputs[..., 0], log_stddev(params, outputs))
+        return family.sample(key, outputs[..., 0], log_stddev(params, outputs))
 
-    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample)
+    def log_mass(
+        params: Params, outputs: Float[Array, "B *S K"], k: Float[Array, "B *S"], grid: Grid
+    ) -> Float[Array, "B *S"]:
+        return _log_mass(family, k, outputs[..., 0], log_stddev(params, outputs), grid)
+
+    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample, log_mass)
+
+
+def _log_mass(family: Family, k: Array, mean: Array, log_stddev: Array, grid: Grid) -> Array:
+    """The log probability of the levels k of a distribution of this family, elementwise."""
+    # In units of the bins' width, in which the bins tile the line without gaps in float32 too.
+    centre, log_width = grid.scale * mean - grid.offset, log_stddev + math.log(grid.scale)
+    first, last = k == 0.0, k == grid.last
+    # P(X > 254.5) = P(-X < -254.5): one cdf serves both ends.
+    end = family.log_cdf(jnp.where(last, 0.5 - grid.last, 0.5), jnp.where(last, -centre, centre), log_width)
+    return jnp.where(first | last, end, family.log_bin_mass(k, centre, log_width))
 
 
 def _last_level(levels: int) -> float:

@@ -91,6 +91,28 @@ def conv_decoder(
     return _decoder(module, shape, outputs, latent_size)
 
 
+def frozen(network: Network) -> Network:
+    """The network, whose parameters get no gradient, nor does what lies before it."""
+
+    def apply(params: Any, inputs: Float[Array, "..."]) -> Any:
+        return jax.lax.stop_gradient(network.apply(params, inputs))
+
+    return network._replace(apply=apply)
+
+
+def side_by_side(first: Network, second: Network) -> Network:
+    """A decoder whose channels are those of two decoders, with parameters {"first": ..., "second": ...}."""
+
+    def init(key: Key[Array, ""]) -> Any:
+        return {name: network.init(k) for (name, network), k in zip(parts.items(), jax.random.split(key), strict=True)}
+
+    def apply(params: Any, z: Float[Array, "B L"]) -> Float[Array, "B *S K"]:
+        return jnp.concatenate([network.apply(params[name], z) for name, network in parts.items()], axis=-1)
+
+    parts = {"first": first, "second": second}
+    return Network(init, apply)
+
+
 def classifier(
     shape: Sequence[int], num_classes: int, *, widths: Sequence[int] = (32, 64), num_features: int = 64
 ) -> Network:

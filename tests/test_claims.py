@@ -83,15 +83,17 @@ def sphere_part(radius_at):
     return Part({"members": members}, {})
 
 
-def image_part(lv_elbo=2000.0, f_noise=0.7, lv_noise=0.04, lv_mse=1e-4):
+def image_part(lv_elbo=2000.0, f_noise=0.7, lv_noise=0.04, lv_mse=1e-4, lv_code=-800.0, star=1600.0):
     seeds = range(4)
     members = [
         {"variant": variant, "sigma": 0.7071, "seed": seed, "elbo": elbo, "mse": mse, "sample_noise": noise}
-        | {"group": variant, "member": seed}
-        for variant, elbo, mse, noise in (
-            ("f", -475.0, 0.02, f_noise),
-            ("ls", 1000.0, 1e-3, 0.03),
-            ("lv", lv_elbo, lv_mse, lv_noise),
+        | {"group": variant, "member": seed, "code_elbo": code}
+        for variant, elbo, mse, noise, code in (
+            ("f", -475.0, 0.02, f_noise, -950.0),
+            ("ls", 1000.0, 1e-3, 0.03, -850.0),
+            ("lv", lv_elbo, lv_mse, lv_noise, lv_code),
+            ("lv_star", star, 1e-3, 0.03, -840.0),
+            ("learned_map", 1500.0, 1e-3, 0.03, -845.0),
         )
         for seed in seeds
     ]
@@ -113,6 +115,7 @@ def verdicts(parts, quality=None):
 
 def test_numbers_that_tell_the_paper_s_story_make_every_claim_hold():
     parts = {"sphere": sphere_part(lambda relative, exact: exact), "toy": toy_part(), "mnist": image_part()}
+    parts["mnist_codes"] = image_part()
     found = claims.all_claims(parts, {"mnist": image_quality()})
     for claim in found:
         assert all(check.holds for check in claim.checks), claim
@@ -250,12 +253,34 @@ def test_more_poor_optima_must_be_significant():
 
 def test_images_are_judged_each_by_itself():
     parts = {"mnist": image_part(lv_elbo=0.0, lv_mse=0.01), "celeb_a": image_part(f_noise=0.1)}
-    assert [check.holds for check in claims.c7(parts)] == [False, False, True, True]
+    assert [check.holds for check in claims.c7(parts)] == [False, False, False, True, True, True]
     judged = {"mnist": image_quality(f_means=60.0, lv_means=4.0)}
     assert [check.holds for check in claims.c8(parts, judged)] == [True, True, False, False, False, True, None]
     assert not claims.c8({"mnist": image_part(lv_noise=0.06)}, {})[1].holds
     unlearned = claims.c8({"mnist": image_part(lv_mse=0.03)}, {"mnist": image_quality()})[-1]
     assert unlearned.holds is None, "means are unreal for another reason then"
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({}, [True, True, True, True]),
+        ({"star": 900.0}, [False, True, True, True]),
+        ({"star": 2100.0}, [True, False, True, True]),
+        ({"lv_code": -860.0}, [True, True, True, False]),
+    ],
+)
+def test_maps_of_sigma_are_judged_in_every_seed(change, holds):
+    assert [check.holds for check in claims.sharpness_maps({"mnist": image_part(**change)}, {})] == holds
+
+
+def test_models_of_probabilities_are_judged_by_them_and_their_errors():
+    def holds(**change):
+        return [check.holds for check in claims.sharpness_maps({}, {"mnist_codes": image_part(**change)})]
+
+    assert holds() == [True, True]
+    assert holds(lv_elbo=999.0) == [False, True]
+    assert holds(lv_mse=1.3e-3) == [True, False], "1.14 times the LS-VAE's error"
 
 
 def test_paired_comparisons_are_scipy_s():

@@ -354,6 +354,48 @@ def test_rate_of_mnist_knows_the_bound_of_its_codes():
     assert at_bound.is_code
 
 
+@pytest.mark.parametrize("dequantised", [False, True])
+def test_any_model_of_grey_levels_has_their_probabilities(model, dequantised):
+    """Those of the same Gaussians; at the same z, with levels as data, the ELBO of a model with a discretised head."""
+    (vae, params), levels, rng = model, 17, np.random.default_rng(0)
+    params = params | {"decoder": jax.tree.map(lambda p: 0.3 * p, params["decoder"])}  # so that no mass underflows
+    k = rng.integers(0, levels, (SIZE, 2))
+    x = jnp.float32((k + rng.uniform(size=k.shape)) / levels if dequantised else k / (levels - 1))
+    code = evaluation.as_probabilities(vae, levels=levels, dequantised=dequantised)
+    keys = jax.random.split(jax.random.key(3), SIZE)
+    terms = vae_lib.elbo(keys, code, params, x)
+    mean, stddev = (np.float64(value) for value in (terms.mean, terms.stddev))
+    edges = np.stack([k, k + 1]) / levels if dequantised else np.stack([k - 0.5, k + 0.5]) / (levels - 1)
+    low, high = np.where(k == 0, -np.inf, edges[0]), np.where(k == levels - 1, np.inf, edges[1])
+    raw = np.float64(vae_lib.elbo(keys, vae, params, x).mean)
+    np.testing.assert_array_equal(mean, raw.clip(0.0, 1.0).astype(np.float32))
+    masses = stats.norm.cdf(high, raw, stddev) - stats.norm.cdf(low, raw, stddev)
+    np.testing.assert_allclose(terms.log_likelihood, np.log(masses).sum(axis=1), rtol=1e-4)
+    np.testing.assert_array_equal(terms.kl, vae_lib.elbo(keys, vae, params, x).kl)
+    if dequantised:  # Jensen: within a bin the mean of the log density is below the log of the mean
+        u = (np.arange(200) + 0.5) / 200
+        inside = stats.norm.logpdf((k[..., None] + u) / levels, raw[..., None], stddev[..., None]).mean(axis=-1)
+        assert np.all(np.log(masses) >= inside - np.log(levels) - 1e-6)
+
+
+def test_histograms_are_numpy_s():
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 5, (n, 3, 2, 1), dtype=np.uint8) for n in (1003, 20))
+    train[:, 0, 0] = 4  # no other level is ever seen there
+    test[0, 0, 0] = 0
+    found = evaluation.histograms(train, test, levels=5)
+    flat, asked = train.reshape(-1, 6), test.reshape(-1, 6)
+    each = [[(np.sum(flat[:, i] == k) + 0.5) / (1003 + 2.5) for k in range(5)] for i in range(6)]
+    every = [(np.sum(flat == k) + 0.5) / (6 * 1003 + 2.5) for k in range(5)]
+    np.testing.assert_allclose(np.sum(each, axis=1), 1.0)
+    expected = [
+        np.mean([sum(np.log(each[i][k]) for i, k in enumerate(row)) for row in asked]),
+        np.mean([sum(np.log(every[k]) for k in row) for row in asked]),
+    ]
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
+    assert list(found) == ["histogram of each pixel", "histogram of all pixels"]
+
+
 @pytest.mark.parametrize("shape", [(1,), (4, 4, 3)])
 def test_uniform_noise_costs_8_bits_in_every_convention(shape):
     n = np.prod(shape)

@@ -159,7 +159,7 @@ def test_weights_are_those_that_the_summary_scored(toy):
         (group,) = sigma_sweep.groups(config, variant, None, alone=False)
         model = sigma_sweep.model(config, variant, (2,))
         programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
-        scores, _ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)
+        scores, *_ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)
         elbos = [member["elbo"] for member in members_of(toy, variant=variant)]
         np.testing.assert_allclose(scores.elbo.mean(axis=-1), elbos, rtol=1e-6)
 

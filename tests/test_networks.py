@@ -91,6 +91,28 @@ def test_examples_do_not_see_each_other(name):
     np.testing.assert_allclose(mean[2], others[2], atol=1e-6)
 
 
+@pairs
+def test_two_decoders_side_by_side(name):
+    """Each with its own channels and parameters; a frozen one passes no gradient on, to its own or to what it reads."""
+    _, _, shape, _ = pair(name)
+    parts = [PAIRS[name][1](shape, outputs, 3, **PAIRS[name][3]) for outputs in (1, 2)]
+    both = networks.side_by_side(networks.frozen(parts[0]), parts[1])
+    params, z = jax.jit(both.init)(jax.random.key(0)), jax.random.normal(jax.random.key(1), (4, 3))
+    assert params.keys() == {"first", "second"}
+    y = both.apply(params, z)
+    np.testing.assert_array_equal(y[..., :1], parts[0].apply(params["first"], z))
+    np.testing.assert_array_equal(y[..., 1:], parts[1].apply(params["second"], z))
+
+    def total(params, z, channels):
+        return jnp.sum(both.apply(params, z)[..., channels])
+
+    of_first = jax.tree.leaves(jax.grad(total, (0, 1))(params, z, slice(1)))
+    assert not any(np.any(leaf) for leaf in of_first)
+    of_second, _ = jax.grad(total, (0, 1))(params, z, slice(1, None))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_second["first"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(of_second["second"]))
+
+
 def test_a_learned_variance_costs_only_twice_the_output_channels():
     def sizes(outputs):
         params = jax.eval_shape(networks.conv_decoder((28, 28, 1), outputs, 256).init, jax.random.key(0))

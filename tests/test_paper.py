@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 from conftest import call
 
-from experiments import command, generate, hypersphere, page, paper, quality, sigma_sweep
+from experiments import claims, command, generate, hypersphere, page, paper, quality, sigma_sweep
 from experiments.report import VARIANTS
 from lvae_jax import runs
 
@@ -53,13 +53,20 @@ def test_command_of_each_part():
     assert line == "python -m experiments.sigma_sweep --sigma=0.7071 --dataset=mnist --num_steps=7 --fake_data"
     line = paper.command_line(hypersphere.Config(dims=(3, 4), num_seeds=5))
     assert line == "python -m experiments.hypersphere --dims=3,4 --num_seeds=5"
-    assert paper.command_line(sigma_sweep.Config()) == "python -m experiments.sigma_sweep"
+    assert paper.command_line(sigma_sweep.configure()) == "python -m experiments.sigma_sweep"
+    line = paper.command_line(sigma_sweep.configure(dataset="mnist", discretise=False))
+    assert line == "python -m experiments.sigma_sweep --dataset=mnist --density"
 
 
 def test_scales():
     for parts in paper.SCALES.values():
         assert set(parts) <= set(paper.PARTS)
-        assert parts["toy"].variants == tuple(VARIANTS)
+        assert {"f", "ls", "lv", *claims.ANNEALED} <= set(parts["toy"].variants)
+        for name, config in parts.items():
+            if name in claims.IMAGES:
+                assert not config.discretise, "as in the paper"
+                assert {"f", "ls", "lv", "lv_star"} <= set(config.variants)
+            assert name not in claims.CODES or config.discretise
     assert len(paper.SCALES["cpu"]["toy"].sigma) == 5
     assert {config.num_seeds for config in (paper.SCALES["cpu"]["toy"], *paper.SCALES["full"].values())} == {10}
     assert paper.SCALES["full"]["mnist"].num_steps == 1000 * 60_000 // 100
@@ -122,7 +129,7 @@ def smoke(toy_run, tmp_path_factory):
     path, stdout = tmp_path_factory.mktemp("paper") / "run", io.StringIO()
     parts = {"toy": generate.read_run(toy_run.path)[0]}
     parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
-    for name in ("toy_plain", "digits"):
+    for name in ("toy_plain", "digits", "digits_codes"):
         parts[name] = paper.SCALES["smoke"][name]._replace(num_steps=3)
     runs.make_run(path, {"scale": "smoke"})
     shutil.copytree(toy_run.path, path / "toy")
@@ -140,14 +147,16 @@ def test_report_has_every_claim(smoke):
     text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
     reader = Reader(page_text)
     assert not reader.open
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Annealing"):
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Annealing", "Maps"):
         assert f"### {name}: " in text
         assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
         assert f"\n{name} " in printed
     assert "its verdicts say nothing of the paper" in text
-    for title in VARIANTS.values():
-        assert f"| {page.literal(title)} | " in text
-    assert len(reader.images) == 2 + 4 + 1 + 3
+    for config in paper.SCALES["smoke"].values():
+        for variant in getattr(config, "variants", ()):
+            assert f"| {page.literal(VARIANTS[variant])} | " in text
+    assert text.count("| histogram of each pixel | ") == 2, "by densities and by probabilities"
+    assert len(reader.images) == 2 + 4 + 1 + 3 + 3
     for image in reader.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert image["alt"]
@@ -164,7 +173,7 @@ def test_finished_parts_are_found(smoke, monkeypatch, capsys):
     for module in (sigma_sweep, hypersphere):
         monkeypatch.delattr(module, "train_all")
     call(paper, ["--scale=smoke", f"--run_dir={path}"])
-    assert capsys.readouterr().out.count("is finished") == 4
+    assert capsys.readouterr().out.count("is finished") == 5
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
         _, _, program, *words = shlex.split(paper.command_line(config))
@@ -205,9 +214,9 @@ def test_interrupted_scale(smoke, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_report_of_some_parts(smoke, tmp_path):
-    ignored = shutil.ignore_patterns("report.*", "toy*", "digits")
+    ignored = shutil.ignore_patterns("report.*", "toy*", "digits*")
     path = shutil.copytree(smoke[0], tmp_path / "run", ignore=ignored)
     found = paper.run("smoke", parts=["sphere"], run_dir=str(path), echo=lambda line: None)
-    assert [claim.verdict == "not run" for claim in found] == [False, *8 * [True]]
+    assert [claim.verdict == "not run" for claim in found] == [False, *9 * [True]]
     text = (path / "report.md").read_text()
-    assert text.count("**not run**") == 8 + 3, "claims and parts"
+    assert text.count("**not run**") == 9 + 4, "claims and parts"

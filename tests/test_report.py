@@ -211,11 +211,30 @@ def test_columns_and_their_notes(make, columns):
     assert f"latent dimensions in use, out of {LATENT_SIZE}" in said
 
 
+def test_bits_are_those_of_probabilities():
+    """Whatever a model was trained with, beside those of histograms."""
+    part = members("lv", code_elbo=-40.0, importance_bound=-0.7, code_importance_bound=-30.0)
+    summary = summarise([part], kind="density", histograms={"histogram of each pixel": 1.6888})
+    (row,) = summary["rows"]
+    assert row["bits_per_dimension"] == pytest.approx(40.0 / 16 / np.log(2.0))
+    assert row["importance_bits_per_dimension"] == pytest.approx(30.0 / 16 / np.log(2.0))
+    assert row["nats_per_dimension"] == pytest.approx(row["elbo"] / 16), "of the density"
+    title, line, histogram, *_ = report.table(summary).splitlines()
+    end = title.index("  bits/dim") + len("  bits/dim")
+    assert line[:end].endswith(f" {row['bits_per_dimension']:.4f}")
+    assert histogram.startswith("histogram of each pixel ")
+    assert histogram[:end].endswith(" 1.6888")
+    said = notes(report.table(summary))
+    assert "not likelihoods of images" in said
+    assert "bits/dim: a bound on the code length of the 256 grey levels" in said
+    assert "is not a code length" not in said
+
+
 def test_notes_name_the_numbers_of_their_columns():
     said = notes(report.table(summarise([members("ls")], kind="density")))
     assert "constant (n/2) log 2 pi, n = 16:" in said
-    assert f"above n ln 256 = {16 * np.log(256.0):.1f} nats" in said
-    assert "--dequantize or --discretise" in said
+    assert f"no ELBO can exceed n ln 256 = {16 * np.log(256.0):.1f} nats" in said
+    assert "is not a code length here" in said, "a run from before probabilities were computed"
     said = notes(report.table(toys([members("f")])))
     assert f"-H(x) = {-theory.toy_entropy():.4f} nats" in said
 
@@ -308,13 +327,14 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
     assert fixed or not any(title.startswith("F") for title in learned), "a constant is no curve of sigma"
 
     (points, lines), options = drawn["elbo_against_sigma"]
-    assert "LV-VAE" not in points
-    assert set(lines) <= {"LS-VAE", "LV-VAE"}
     titles = {report.VARIANTS[m["variant"]] for m in summary["members"]}
+    assert "LV-VAE" not in points
+    varying = {report.VARIANTS[variant] for variant in report.VARYING}
+    assert set(lines) == titles & {"LS-VAE", *varying}
     assert {*points, *lines} == titles
     assert options["bound"] == (-summary["entropy"] if summary["kind"] == "points" else None)
     reused_at, reused = options["reused"]
-    assert set(reused) == (set() if summary["kind"] == "discretised" else titles - {"LV-VAE"})
+    assert set(reused) == (set() if summary["kind"] == "discretised" else titles - varying)
     for title, elbos in reused.items():
         part = [m for m in summary["members"] if report.VARIANTS[m["variant"]] == title]
         n, at = summary["num_dimensions"], reused_at[50]

@@ -74,9 +74,10 @@ def test_followers_take_sigma_from_their_seed(toy_run):
     assert record.shape == (2, 41)
     assert np.isfinite(record).all()
     assert (record[:, 0] == 1.0).all()
-    final = {variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", *report.FOLLOWING)}
+    following = [variant for variant in report.FOLLOWING if variant in ALL]
+    final = {variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", *following)}
     np.testing.assert_allclose(final["ls"], record[:, -1], rtol=1e-6)
-    for variant in report.FOLLOWING:
+    for variant in following:
         np.testing.assert_allclose(final[variant], final["ls"], rtol=1e-6)
     assert final["ls"][0] != final["ls"][1]
     lines = runs.read_metrics(toy_run.path)
@@ -297,16 +298,23 @@ def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, 
     assert again == [member for member in summary_of(toy_run)["members"] if member["variant"] in ("f", "ls")]
 
 
+def on_images(monkeypatch, train, test, **values):
+    """The config of a small sweep of these images, which it finds as its data set."""
+    monkeypatch.setattr(datasets, "check", lambda name, **options: None)
+    monkeypatch.setattr(datasets, "load", lambda name, **options: datasets.image_dataset(train, test))
+    small = {"dataset": "fake", "batch_size": 8, "latent_size": 2, "widths": (4,), "num_blocks": 1}
+    return sigma_sweep.configure(**small | values)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+
+
 def test_image_run(tmp_path, monkeypatch):
     """Trained on the train split, scored on the test split; member by member, interrupted and resumed."""
     black = np.random.default_rng(0).integers(0, 30, (30, 8, 8, 1), dtype=np.uint8)  # and each of them another black
     white = np.full((23, 8, 8, 1), 255, np.uint8)
-    monkeypatch.setattr(datasets, "check", lambda name, **options: None)
-    monkeypatch.setattr(datasets, "load", lambda name, **options: datasets.image_dataset(black, white))
-    config = sigma_sweep.configure(
-        **{"dataset": "fake", "variants": ("f", "lv"), "sigma": (0.5,), "num_seeds": 2, "num_steps": 20},
-        **{"batch_size": 8, "latent_size": 2, "widths": (16,), "num_blocks": 1},
-    )
+    options = {"variants": ("f", "lv"), "sigma": (0.5,), "num_seeds": 2, "num_steps": 20, "widths": (16,)}
+    config = on_images(monkeypatch, black, white, discretise=False, **options)
     whole = sweep(config, tmp_path / "whole")
     assert whole["num_test_examples"] == 23
     assert [member["group"] for member in whole["members"]] == ["f-0", "f-1", "lv-0", "lv-1"]
@@ -318,18 +326,71 @@ def test_image_run(tmp_path, monkeypatch):
 
     append = runs.append_metrics
 
+    # In the middle; while log sigma gets its deviations; and while the balance of gradients falls.
+    stops = [("f-1", 15), ("lv-0", 8), ("lv-1", 19)]
+
     def interrupted(run_dir, lines):
         append(run_dir, lines)
-        if lines[0]["group"] == "f-1" and lines[0]["step"] == 15:
+        if (lines[0]["group"], lines[0]["step"]) in stops:
+            stops.remove((lines[0]["group"], lines[0]["step"]))
             raise KeyboardInterrupt  # before the checkpoint: these metrics are written once more
 
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(runs, "append_metrics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(config, tmp_path / "resumed")
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
     assert sweep(config, tmp_path / "resumed")["members"] == whole["members"]
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "whole")
+
+
+def test_relatives_of_the_learned_vector(tmp_path, monkeypatch):
+    """On images, by densities. LV* has the LS-VAE's encoder and mean, seed by seed."""
+    options = {"variants": ("ls", "learned_map", "lv_star", "logistic", "mixture"), "num_components": 2}
+    options |= {"num_seeds": 2, "num_steps": 4, "num_importance_samples": 2}
+    config = on_images(monkeypatch, NOISE, NOISE[:15], discretise=False, **options)
+    summary = sweep(config, tmp_path / "run")
+    members = {(member["variant"], member["seed"]): member for member in summary["members"]}
+    params = {
+        key: generate.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], (8, 8, 1)) for key in members
+    }
+    for seed in (0, 1):
+        ls, star = params["ls", seed], params["lv_star", seed]
+        jax.tree.map(np.testing.assert_array_equal, star["encoder"], ls["encoder"])
+        jax.tree.map(np.testing.assert_array_equal, star["decoder"]["first"], ls["decoder"])
+        for name in ("kl", "mse"):
+            assert members["lv_star", seed][name] == pytest.approx(members["ls", seed][name], rel=1e-6)
+        assert members["lv_star", seed]["elbo"] != members["ls", seed]["elbo"]
+    assert params["learned_map", 0]["likelihood"]["log_stddev"].shape == (1, 8, 8, 1)
+    for member in members.values():
+        assert -20.0 * 64 < member["code_elbo"] < 0.0, "a log probability of 64 pixels"
+        assert member["code_importance_bound"] > member["code_elbo"] - 1.0
+    nats = members["ls", 0]["code_elbo"] + members["ls", 1]["code_elbo"]
+    assert summary["rows"][0]["bits_per_dimension"] == pytest.approx(-0.5 * nats / 64 / np.log(2.0))
+    assert list(summary["histograms"]) == ["histogram of each pixel", "histogram of all pixels"]
+    assert all(6.0 < bits < 8.5 for bits in summary["histograms"].values()), "of noise"
+
+
+def test_probabilities_of_a_model_trained_on_them_are_its_elbo(tmp_path, monkeypatch):
+    options = {"variants": ("lv",), "num_seeds": 1, "num_steps": 2}
+    summary = sweep(on_images(monkeypatch, NOISE, NOISE[:15], **options), tmp_path / "run")
+    assert summary["kind"] == "discretised", "the default on images"
+    (member,) = summary["members"]
+    assert member["code_elbo"] == pytest.approx(member["elbo"], rel=1e-6)
+
+
+def test_defaults_of_each_kind_of_data():
+    assert sigma_sweep.configure(dataset="mnist").discretise
+    assert not sigma_sweep.configure(dataset="mnist", dequantize=True).discretise
+    assert not sigma_sweep.configure(dataset="mnist", discretise=False).discretise
+    assert not sigma_sweep.configure().discretise
+    vector = ("gain", "balance", "warm_start")
+    assert (
+        len({tuple(getattr(sigma_sweep.configure(dataset=name), f) for f in vector) for name in ("toy", "mnist")}) == 1
+    )
+    old = sigma_sweep.Config()  # what the flags of an old run do not tell
+    assert (old.gain, old.balance, old.warm_start, old.discretise) == (0.03, 0.0, 0.0, False)
 
 
 def test_command_on_fake_celeba(tmp_path):
@@ -390,7 +451,7 @@ def test_held_out_images_are_dequantised(dequantized):
 
     programs = loop.compile_programs(dataset, make_vae, num_steps=1, beta=1.0)
     seeds, sigmas = np.arange(2, dtype=np.int32), np.ones(2)
-    scores, _ = programs.examine(seeds, sigmas, programs.init(seeds, sigmas), black, np.arange(50))
+    scores = programs.examine(seeds, sigmas, programs.init(seeds, sigmas), black, np.arange(50)).scores
     expected = 1 / 3 / 256**2 if dequantized else 0.0
     assert np.mean(scores.mse) == pytest.approx(expected, rel=0.05)
     assert len(np.unique(scores.mse)) == (100 if dequantized else 1), "noise of its own for each image and seed"
@@ -416,6 +477,17 @@ BAD = {
     "--dataset=celeb_a --celeba_dir=nowhere": "give the folder that holds 000001.jpg",
     "--dataset=mnist --celeba_dir=.": "--celeba_dir is for CelebA",
     "--flip": "--flip is for images",
+    "--variants=lv_star": "add ls",
+    "--variants=lv_star --sigma_from=nowhere": "its mean from LS runs: add ls",
+    "--balance=-1": "from 0, for none, to 2",
+    "--balance=nan": "from 0, for none, to 2",
+    "--warm_start=0.9": "from 0, for none, to 0.8",
+    "--gain=0": "positive",
+    "--num_components=0": "at least 1",
+    "--density": "--density is for images",
+    "--dataset=mnist --density --discretise": "exclude each other",
+    "--dataset=mnist --density --dequantize": "exclude each other",
+    "--dataset=mnist --discretise --dequantize": "exclude each other",
     "--discretise": "--discretise is for images",
     "--discretize": "--discretise is for images",
     "--dequantise": "--dequantize is for images",
