@@ -49,7 +49,7 @@ def _tests(name: str, *functions: str) -> tuple[str, ...]:
 
 
 # What takes its time: it trains something or starts a command, or is one of many such
-COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tests(
+COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, RELATIVES, BAD_FLAG, BAD_SIGMA = _tests(
     "sigma_sweep",
     "command_compares_all_variants",
     "evidence_and_importance_bound",
@@ -57,6 +57,7 @@ COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, BAD_FLAG, BAD_SIGMA = _tes
     "kl_warmup",
     "finished_checkpoint_keeps_weights_alone_and_is_only_evaluated",
     "image_run",
+    "relatives_of_the_learned_vector",
     "bad_input_is_refused",
     "sigma_that_does_not_fit_is_refused",
 )
@@ -111,9 +112,20 @@ MUTANTS = [
     Mutant(
         "edge_of_the_last_bin",
         LIKELIHOODS,
-        "jnp.where(last, 0.5 - last_level, 0.5)",
-        "jnp.where(last, 0.0 - last_level, 0.5)",
+        "jnp.where(last, 0.5 - grid.last, 0.5)",
+        "jnp.where(last, 0.0 - grid.last, 0.5)",
+        "tests/test_levels.py",
     ),
+    Mutant("balance_changes_the_density", LIKELIHOODS, "(extra - jax.lax.stop_gradient(extra))", "extra"),
+    Mutant("weights_by_half_the_exponent", LIKELIHOODS, "softmax(2.0 * params", "softmax(params"),
+    Mutant("ramp_learns", LIKELIHOODS, 'jax.lax.stop_gradient(params["ramp"]) * dev', 'params["ramp"] * dev'),
+    Mutant("logistic_without_twice", "lvae_jax/logistics.py", "return -t - 2.0 * jnp", "return -t - jnp"),
+    Mutant("mixture_of_unnormalised_weights", LIKELIHOODS, "jax.nn.log_softmax(logits)", "logits"),
+    Mutant(
+        "frozen_learns", "lvae_jax/networks.py", "return jax.lax.stop_gradient(network.apply(", "return (network.apply("
+    ),
+    Mutant("histogram_without_halves", "lvae_jax/evaluation.py", "(seen + 0.5) / (", "(seen + 1.0) / ("),
+    Mutant("correlation_is_covariance", THEORY, "scatter / np.outer(scales, scales)", "scatter / size"),
     Mutant(
         "fixed_sigma_learns",
         LIKELIHOODS,
@@ -182,14 +194,15 @@ MUTANTS = [
     Mutant("seeds_of_others", SWEEP, "np.tile(seeds,", "np.repeat(seeds,", COMPARES),
     Mutant("f_star_at_the_start", SWEEP, '== "replay" else record[:, -1]', '== "replay" else record[:, 0]', FOLLOWS),
     Mutant("annealed_slowly", SWEEP, "return max(1, config.num_steps // 2)", "return config.num_steps", FOLLOWS),
+    Mutant("lv_star_from_its_own_start", SWEEP, "begin if ls is not None else None", "None", RELATIVES),
     Mutant("kl_not_warmed_up", SWEEP, 'warmup if variant == "kl_warmup" else config', "config", WARMED),
     Mutant("best_sigma_squared", SWEEP, 'np.sqrt(columns["mse"])', 'columns["mse"]', COMPARES),
     Mutant("model_gap_s_sign", SWEEP, "- evidence, axis=-1)", "+ evidence, axis=-1)", EVIDENCE),
     Mutant(
         "images_without_floor",
         SWEEP,
-        "if images and levels is not None else {}",
-        "if not images and levels is not None else {}",
+        "if images and levels is not None:",
+        "if not images and levels is not None:",
         IMAGE_RUN,
     ),
     Mutant("sigma_in_another_unit", SPHERE, "np.array(config.sigma) * critical", "np.array(config.sigma)", SPHERE_RUN),
