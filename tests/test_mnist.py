@@ -80,7 +80,7 @@ def test_reading_needs_no_tensorflow(mnist_dir, tmp_path):
 
 
 def test_sweep(mnist_dir, tmp_path):
-    flags = ["--dataset=mnist", "--variants=ls", f"--data_dir={mnist_dir}", f"--run_dir={tmp_path}"]
+    flags = ["--dataset=mnist", "--density", "--variants=ls", f"--data_dir={mnist_dir}", f"--run_dir={tmp_path}"]
     flags += ["--num_steps=4", "--num_seeds=1", "--batch_size=16", "--latent_size=8", "--widths=8", "--num_blocks=1"]
     command = [sys.executable, "-m", "experiments.sigma_sweep", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -89,6 +89,7 @@ def test_sweep(mnist_dir, tmp_path):
     assert summary["num_test_examples"] == 10000
     assert summary["num_dimensions"] == 784
     assert summary["unit"] == "pixel on [0, 1]"
+    assert [round(bits, 4) for bits in summary["histograms"].values()] == [1.6888, 1.9673]
     # An untrained LS-VAE: the mean near zero, and the density of the whole test split in closed form.
     (ls,) = summary["rows"]
     x = np.asarray(datasets.to_float(datasets.load("mnist", data_dir=mnist_dir).test))
