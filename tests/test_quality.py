@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("plain_sweep")
 TRAIN, TEST = images.fake_images((12, 12, 1))
 CONFIG = sigma_sweep.configure(
     dataset="mnist",
+    discretise=False,
     variants=("f", "ls", "replay"),
     sigma=(0.5,),
     num_seeds=2,
