@@ -124,7 +124,6 @@ def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list
         "mean_sigma": float(np.sqrt(np.mean(spread.stddevs**2))),
         "correlation": spread.correlation,
         "chance": spread.chance,
-        "num_varying": int(np.sum(spread.stddevs > 0.0)),
         "principal_stddevs": stddevs.tolist(),
         "rows": rows,
         "dataset": config.dataset,
@@ -175,8 +174,8 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def collapse(summary: dict[str, Any]) -> list[str]:
-    """Whether an LS-VAE and an LV-VAE that encode nothing can stay so, in words; nothing for a summary from before that
-    was computed."""
+    """Lines that say whether an LS-VAE and an LV-VAE that encode nothing can stay so; none for a summary from before
+    that was computed."""
     if "correlation" not in summary:
         return []
     num_examples, chance = summary["num_examples"], summary["chance"]
