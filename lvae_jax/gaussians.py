@@ -60,28 +60,25 @@ def log_bin_mass(
     distance = jnp.abs(x - mean)
     a, b = (distance - 0.5) * precision, (distance + 0.5) * precision
     c, w = distance * precision, 0.5 * precision
-    narrow = w * jnp.maximum(c, 1.0) < 0.5
-    beside = ~narrow & (a > 0.0)
+    narrow, beside = w * jnp.maximum(c, 1.0) < 0.5, a > 0.0
 
-    # What `where` discards must have a finite gradient too: each formula sees harmless values outside its own domain.
-    c_w, w_2 = (jnp.where(narrow, value, 0.0) for value in (c * w, w**2))
-    excess, before, term = (
-        jnp.zeros_like(c_w),
-        jnp.ones_like(c_w),
-        c_w,
-    )  # term: He_n(c) w^n, by the recursion of the Hermite polynomials
+    # Every formula is kept finite outside its own domain by limits that do nothing inside: what `where` discards must
+    # have a finite gradient, and a compiled program may round twice, and find the two sides of an edge at once.
+    c_w, w_2 = jnp.minimum(c * w, 0.5), jnp.minimum(w**2, 0.25)
+    excess = jnp.zeros_like(c_w)
+    before, term = jnp.ones_like(c_w), c_w  # He_n(c) w^n, by the recursion of the Hermite polynomials
     for n in range(1, 8):
         before, term = term, c_w * term - n * w_2 * before
         if n % 2:
             excess += term / math.factorial(n + 2)
     narrow_mass = -0.5 * c**2 - HALF_LOG_TWO_PI - log_stddev + jnp.log1p(excess)
 
-    near, far = (jnp.where(narrow, 1.0, edge) for edge in (jnp.where(beside, a, -a), b))
+    near, far = jnp.where(beside, a, -a), b
     log_q_near, log_q_far = _log_upper_tail(near), _log_upper_tail(far)
-    # Q(b) / Q(a) = R(b) / R(a) exp(-2 c w), R the Mills ratio, is far from 1 there.
-    drop = jnp.where(beside, 2.0 * c * w + _log_mills_ratio(near) - _log_mills_ratio(far), 1.0)
+    # Q(b) / Q(a) = R(b) / R(a) exp(-2 c w), R the Mills ratio; below exp(-1/2) beside the mean.
+    drop = jnp.maximum(2.0 * c * w + _log_mills_ratio(near) - _log_mills_ratio(far), 0.5)
     beside_mass = log_q_near + jnp.log1p(-jnp.exp(-drop))
-    around_mass = jnp.log1p(-jnp.exp(log_q_near) - jnp.exp(log_q_far))
+    around_mass = jnp.log1p(-jnp.minimum(jnp.exp(log_q_near) + jnp.exp(log_q_far), 0.7))
     return jnp.where(narrow, narrow_mass, jnp.where(beside, beside_mass, around_mass))
 
 

@@ -508,6 +508,27 @@ def test_discretised_mean_is_clipped_but_probabilities_are_not(make):
     assert np.all(draws == 0.0)
 
 
+def test_probabilities_are_right_where_two_formulas_meet():
+    """A compiled sum may compute the same pixel twice, rounded differently, and so on both sides of the edge."""
+    rng = np.random.default_rng(0)
+    distance, level = rng.uniform(1.01, 100.0, 20_000), rng.integers(1, 255, 20_000)  # in bins
+    mean = np.float32((level + distance) / 255.0)
+    log_sigma = np.float32(0.5 * np.log(distance) - np.log(255.0))  # c w = 1/2, in the names of gaussians.log_bin_mass
+    outputs, x = np.stack([mean, log_sigma], axis=-1)[:, None], jnp.float32(level / 255.0)[:, None]
+    head = likelihoods.discretised(likelihoods.learned_vector())
+    value, gradients = jax.jit(
+        lambda outputs: jax.value_and_grad(lambda outputs: head.log_prob({}, outputs, x).sum())(outputs)
+    )(jnp.array(outputs))
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradients))
+    ours = jax.jit(lambda outputs: head.log_prob({}, outputs, x))(jnp.array(outputs))
+    edges = [
+        (255.0 * np.float64(mean) - level + half) / (255.0 * np.exp(np.float64(log_sigma))) for half in (-0.5, 0.5)
+    ]
+    near, far = map(stats.norm.logsf, edges)
+    np.testing.assert_allclose(ours, near + np.log1p(-np.exp(far - near)), rtol=1e-5, atol=2e-5)
+
+
 def test_heads_without_log_mass_cannot_be_discretised():
     laplace = bring_your_own.laplace(likelihoods.constant(0.1))
     with pytest.raises(ValueError, match="this head has no log_mass"):
