@@ -137,8 +137,10 @@ def command_line(config: Config) -> str:
     if isinstance(config, hypersphere.Config):
         name, defaults = "hypersphere", hypersphere.Config()._asdict()
     else:
-        name, defaults = "sigma_sweep", sigma_sweep.configure(dataset=config.dataset)._asdict()
-        defaults["dataset"] = sigma_sweep.Config().dataset
+        named = sigma_sweep.configure(dataset=config.dataset)
+        same_kind = sigma_sweep.configure(dataset=config.dataset, discretise=config.discretise)
+        name, defaults = "sigma_sweep", same_kind._asdict()
+        defaults |= {"dataset": sigma_sweep.Config().dataset, "discretise": named.discretise}
 
     def flag(key: str, value: Any) -> str:
         if key == "discretise" and not value:

@@ -29,7 +29,7 @@ from lvae_jax.images import celeba_fingerprint
 from lvae_jax.likelihoods import Schedule
 
 NUM_EVIDENCE_EXAMPLES = 1000
-BALANCED = 0.9  # of the steps, the part before the balance of the LV-VAE's gradients falls
+BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
 RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
 EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
 TWINS = {"f_star": "f", "geometric": "replay"}  # the same model with other sigmas: one program serves both
@@ -73,8 +73,10 @@ class Config(NamedTuple):
     celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
 
 
-# How the LV-VAE's log sigma learns, on all data.
-TOY_DEFAULTS: dict[str, Any] = {"gain": 1.0, "balance": 1.0, "warm_start": 0.3}
+# What keeps the LV-VAE from explaining data by variance. Densities tempt it more than probabilities do.
+DENSITY_DEFAULTS: dict[str, Any] = {"balance": 0.7, "warm_start": 0.4}
+PROBABILITY_DEFAULTS: dict[str, Any] = {"warm_start": 0.2}
+TOY_DEFAULTS: dict[str, Any] = {"gain": 1.0}
 # The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
 IMAGE_DEFAULTS: dict[str, Any] = TOY_DEFAULTS | {
     "num_steps": 600,
@@ -89,14 +91,16 @@ CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_block
 CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
 
-def configure(**values: Any) -> Config:
-    """The config of these values, with the data set's defaults for those that are missing or None."""
-    given = {name: value for name, value in values.items() if value is not None}
+def configure(**options: Any) -> Config:
+    """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
+    probabilities."""
+    given = {name: value for name, value in options.items() if value is not None}
     name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
     defaults = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
     if given.get("dequantize"):
         defaults = defaults | {"discretise": False}
-    return Config(**defaults | given)
+    values = defaults | given
+    return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
 
 
 def data_options(config: Config) -> dict[str, Any]:
@@ -605,15 +609,17 @@ def define_flags() -> None:
         )
         flags.DEFINE_float(
             "balance",
-            defaults.balance,
-            "exponent b of the weights sigma^2b of the gradients of lv and logistic, where densities train them. It "
-            f"falls to 0 after {BALANCED:.0%} of the steps. With 1 all errors weigh the same; 0 for no weights",
+            None,
+            "exponent b of the weights sigma^2b of the gradients of lv and logistic, where densities train them "
+            f"(default: {DENSITY_DEFAULTS['balance']}); it falls to 0 after {BALANCED:.0%} of the steps. With 1 all "
+            "errors weigh the same; 0 for no weights",
         )
         flags.DEFINE_float(
             "warm_start",
-            defaults.warm_start,
-            "part of the steps in which lv and logistic have one learned sigma for all dimensions; over the next "
-            f"{RAMP:.0%} the decoder's log sigma comes in; 0 for no such start",
+            None,
+            "part of the steps in which lv and logistic have one learned sigma for all dimensions "
+            f"(default: {DENSITY_DEFAULTS['warm_start']} for densities, {PROBABILITY_DEFAULTS['warm_start']} for "
+            f"probabilities); over the next {RAMP:.0%} the decoder's log sigma comes in; 0 for no such start",
         )
         flags.DEFINE_integer(
             "num_components", defaults.num_components, "logistic distributions in each of mixture's pixels"

@@ -385,10 +385,12 @@ def test_defaults_of_each_kind_of_data():
     assert not sigma_sweep.configure(dataset="mnist", dequantize=True).discretise
     assert not sigma_sweep.configure(dataset="mnist", discretise=False).discretise
     assert not sigma_sweep.configure().discretise
-    vector = ("gain", "balance", "warm_start")
-    assert (
-        len({tuple(getattr(sigma_sweep.configure(dataset=name), f) for f in vector) for name in ("toy", "mnist")}) == 1
-    )
+    densities = [sigma_sweep.configure(), sigma_sweep.configure(dataset="mnist", discretise=False)]
+    densities.append(sigma_sweep.configure(dataset="digits", dequantize=True))
+    assert {(config.gain, config.balance, config.warm_start) for config in densities} == {(1.0, 0.7, 0.4)}
+    codes = sigma_sweep.configure(dataset="mnist")
+    assert (codes.gain, codes.balance, codes.warm_start) == (1.0, 0.0, 0.2)
+    assert sigma_sweep.configure(dataset="mnist", warm_start=0.0).warm_start == 0.0
     old = sigma_sweep.Config()  # what the flags of an old run do not tell
     assert (old.gain, old.balance, old.warm_start, old.discretise) == (0.03, 0.0, 0.0, False)
 
