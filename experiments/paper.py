@@ -137,7 +137,7 @@ def command_line(config: Config) -> str:
     if isinstance(config, hypersphere.Config):
         name, defaults = "hypersphere", hypersphere.Config()._asdict()
     else:
-        named = sigma_sweep.configure(dataset=config.dataset)
+        named = sigma_sweep.configure(dataset=config.dataset, dequantize=config.dequantize)
         same_kind = sigma_sweep.configure(dataset=config.dataset, discretise=config.discretise)
         name, defaults = "sigma_sweep", same_kind._asdict()
         defaults |= {"dataset": sigma_sweep.Config().dataset, "discretise": named.discretise}

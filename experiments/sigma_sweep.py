@@ -471,7 +471,7 @@ def evaluate(
     examples. `ls_errors` are the mean squared errors of the LS runs by seed, as far as there are any.
 
     Raises:
-      runs.RunError: the scores are not finite.
+      runs.RunError: a result is not finite.
     """
     scores, diagnostics, code_elbo = loop.evaluate(group, programs, states, dataset)
     columns = {name: values for name, values in vae_lib.summary(scores)._asdict().items()}
@@ -502,6 +502,12 @@ def evaluate(
         pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
         measures = [toy_measures(*pair, shown, dataset.test) for pair in pairs]
         columns |= {name: [of_member[name] for of_member in measures] for name in measures[0]}
+    for name, values in columns.items():
+        if not np.isfinite(np.asarray(values, np.float64)).all():
+            raise runs.RunError(
+                f"{name} of {group.name} is not finite: its checkpoints are kept, repeat the run in another --run_dir "
+                "with another --sigma, or a lower --learning_rate"
+            )
     members, panels = [], []
     for index, seed in enumerate(group.seeds):
         final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}

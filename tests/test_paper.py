@@ -56,6 +56,8 @@ def test_command_of_each_part():
     assert paper.command_line(sigma_sweep.configure()) == "python -m experiments.sigma_sweep"
     line = paper.command_line(sigma_sweep.configure(dataset="mnist", discretise=False))
     assert line == "python -m experiments.sigma_sweep --dataset=mnist --density"
+    line = paper.command_line(sigma_sweep.configure(dataset="mnist", dequantize=True))
+    assert line == "python -m experiments.sigma_sweep --dataset=mnist --dequantize", "which implies densities"
 
 
 def test_scales():

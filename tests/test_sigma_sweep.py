@@ -240,6 +240,17 @@ def test_gradient_that_overflows_is_an_error(tmp_path):
         sweep(SMALL._replace(variants=("f",), sigma=(1e-12,)), tmp_path)
 
 
+def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch):
+    def bound(*args, **options):
+        return np.full((1, 4), np.nan)
+
+    monkeypatch.setattr(loop, "importance_bound", bound)
+    config = SMALL._replace(variants=("f",), num_seeds=1, num_importance_samples=2)
+    with pytest.raises(runs.RunError, match="importance_bound of f is not finite: its checkpoints are kept"):
+        sweep(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
 @pytest.mark.slow
 def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
