@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import lvae_jax as lv
-from lvae_jax import gaussians, theory, toy
+from lvae_jax import gaussians, toy
 
 LATENT_SIZE = 2
 HEAD = lv.learned_scalar()
@@ -64,4 +64,4 @@ def main(num_steps: int = 2000, num_test: int = 10_000) -> tuple[float, float]:
 
 if __name__ == "__main__":
     elbo_, sigma_ = main()
-    print(f"ELBO {elbo_:.2f} nats, of at most {-theory.toy_entropy():.2f}; sigma {sigma_:.3f}")
+    print(f"ELBO {elbo_:.2f} nats, of at most {-toy.entropy():.2f}; sigma {sigma_:.3f}")

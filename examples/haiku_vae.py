@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import lvae_jax as lv
-from lvae_jax import theory, toy
+from lvae_jax import toy
 
 LATENT_SIZE = 2
 HEAD = lv.learned_vector()
@@ -60,5 +60,5 @@ def main(num_steps: int = 2000, num_test: int = 10_000) -> lv.Scores:
 
 if __name__ == "__main__":
     scores = main()
-    print(f"ELBO {scores.elbo:.2f} nats, of at most {-theory.toy_entropy():.2f}", end="; ")
+    print(f"ELBO {scores.elbo:.2f} nats, of at most {-toy.entropy():.2f}", end="; ")
     print(f"sigma from {scores.sigma_min:.3f} to {scores.sigma_max:.3f}")

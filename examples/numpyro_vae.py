@@ -14,7 +14,7 @@ import optax
 from numpyro.infer import SVI, Predictive, TraceMeanField_ELBO
 
 import lvae_jax as lv
-from lvae_jax import theory, toy
+from lvae_jax import toy
 
 LATENT_SIZE = 2
 HEAD = lv.learned_scalar()
@@ -76,5 +76,5 @@ def main(num_steps: int = 2000, num_test: int = 10_000) -> tuple[dict, float, ja
 
 if __name__ == "__main__":
     params, elbo, _ = main()
-    print(f"ELBO {elbo:.2f} nats, of at most {-theory.toy_entropy():.2f}", end="; ")
+    print(f"ELBO {elbo:.2f} nats, of at most {-toy.entropy():.2f}", end="; ")
     print(f"sigma {jnp.exp(params['likelihood']['log_stddev']):.3f}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lvae_jax import evaluation, figures, runs, theory
+from lvae_jax import evaluation, figures, runs, toy
 
 VARIANTS = {
     "f": "F-VAE",
@@ -91,9 +91,9 @@ def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> Non
     for row in rows:
         row["gap"] = test_log_prob - row["elbo"]
         if row["variant"] not in VARYING:
-            low, high = theory.toy_best_elbo(row["sigma"])
+            low, high = toy.best_elbo(row["sigma"])
             row["best_elbo"] = [low, high]
-            row["sigma_gap"] = [-theory.toy_entropy() - high, -theory.toy_entropy() - low]
+            row["sigma_gap"] = [-toy.entropy() - high, -toy.entropy() - low]
 
 
 def line(title: str, row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from absl import flags
 
 from experiments import command, loop, report
 from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS, VARYING
-from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, theory, toy, training
+from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.images import celeba_fingerprint
 from lvae_jax.likelihoods import Schedule
@@ -432,7 +432,7 @@ def train_all(
     if config.dataset == "toy":
         log_prob = np.concatenate([toy.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
         report.add_toys_limits(summary["rows"], float(log_prob.mean()))
-        summary["entropy"] = theory.toy_entropy()
+        summary["entropy"] = toy.entropy()
         # Of as many true points, in the place of reconstructions and of samples: what the measures are for a model that
         # copies, and for a perfect one.
         key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -73,6 +74,13 @@ def pytest_collection_modifyitems(config, items):
     deselected = [item for item in items if item.get_closest_marker("mnist")]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def accuracy(request):
+    """The relative accuracy of Bessel functions in this precision, from which all tolerances of Theorem 1 follow."""
+    with jax.enable_x64(request.param == np.float64):
+        yield {np.float32: 1e-5, np.float64: 1e-10}[request.param]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ PACKAGE = Path(lvae_jax.__file__).parent
 LEVELS = [
     "gaussians",
     "logistics",
-    "toy",
+    "bessel",
     "theory",
+    "toy",
     "images",
     "datasets",
     "figures",

@@ -27,7 +27,7 @@ def limits():
     stddevs = theory.principal_stddevs([np.asarray(toy.sample(jax.random.split(jax.random.key(5), 20_000)))])
     sigma = np.sqrt(np.mean(stddevs**2))
     collapsed = theory.linear_best_elbo(sigma, stddevs, num_dimensions=2, latent_size=0)
-    return float(collapsed), -theory.toy_entropy()
+    return float(collapsed), -toy.entropy()
 
 
 def test_an_equinox_vae_learns_the_toy_and_its_sigma(limits):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from experiments import report
-from lvae_jax import evaluation, figures, runs, theory, toy
+from lvae_jax import evaluation, figures, runs, toy
 
 RNG = np.random.default_rng(0)
-best_elbo = functools.cache(theory.toy_best_elbo)  # takes a second
+best_elbo = functools.cache(toy.best_elbo)  # takes a second
 LATENT_SIZE, STEPS = 2, (5, 10, 15)
 SHAPES = {"points": (2,), "density": (4, 4, 1), "dequantised": (4, 4, 1), "discretised": (4, 4, 1)}
 
@@ -61,9 +61,9 @@ def summarise(parts, *, kind="points", **others):
 
 def toys(parts):
     """The summary of a run on the toy, with its limits."""
-    summary = summarise(parts, entropy=theory.toy_entropy())
+    summary = summarise(parts, entropy=toy.entropy())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theory, "toy_best_elbo", best_elbo)
+        patch.setattr(toy, "best_elbo", best_elbo)
         report.add_toys_limits(summary["rows"], 0.1)
     return summary
 
@@ -125,7 +125,7 @@ def test_rows_pool_seeds():
 
 
 def test_gap_and_sigma_s_share(monkeypatch):
-    monkeypatch.setattr(theory, "toy_best_elbo", best_elbo)
+    monkeypatch.setattr(toy, "best_elbo", best_elbo)
     rows = [
         {"variant": variant, "sigma": sigma, "elbo": -1.2}
         for variant, sigma in (("f", 1.0), ("f", 0.01), ("ls", 0.07), ("lv", 0.07))
@@ -138,9 +138,9 @@ def test_gap_and_sigma_s_share(monkeypatch):
     for row in rows[:3]:
         low, high = row["sigma_gap"]
         assert 0.0 <= low <= high
-        best = theory.toy_best_elbo(row["sigma"])
+        best = toy.best_elbo(row["sigma"])
         np.testing.assert_allclose(row["best_elbo"], best)
-        np.testing.assert_allclose([low, high], [-theory.toy_entropy() - b for b in best[::-1]])
+        np.testing.assert_allclose([low, high], [-toy.entropy() - b for b in best[::-1]])
     assert wide["sigma_gap"][0] > learned["sigma_gap"][1] > 0.0
     assert wide["sigma_gap"][1] - wide["sigma_gap"][0] < 0.01
 
@@ -236,7 +236,7 @@ def test_notes_name_the_numbers_of_their_columns():
     assert f"no ELBO can exceed n ln 256 = {16 * np.log(256.0):.1f} nats" in said
     assert "is not a code length here" in said, "a run from before probabilities were computed"
     said = notes(report.table(toys([members("f")])))
-    assert f"-H(x) = {-theory.toy_entropy():.4f} nats" in said
+    assert f"-H(x) = {-toy.entropy():.4f} nats" in said
 
 
 def test_cells_are_the_rows_numbers():

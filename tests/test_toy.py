@@ -1,8 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from scipy.spatial import cKDTree
 
 from lvae_jax import toy
@@ -175,3 +177,80 @@ def test_the_band_of_true_points_has_the_true_noise(points):
     widths = toy.band_widths(wide)
     assert widths[0] == widths[2] == 0.0, "a region without points"
     assert widths[1] > 0.2
+
+
+# The limits of VAEs
+
+
+@functools.cache
+def cloud():
+    """Points of the toy and their log density by `toy.log_prob`: another quadrature than the entropy's."""
+    x = toy.sample(jax.random.split(jax.random.key(0), 10_000))
+    return np.float64(x), np.float64(jax.jit(toy.log_prob)(x))
+
+
+@functools.cache
+def limit(sigma):
+    return toy.best_elbo(sigma)
+
+
+def test_entropy_is_that_of_the_density():
+    x, log_prob = cloud()
+    assert abs(-log_prob.mean() - toy.entropy()) < 4.0 * log_prob.std() / np.sqrt(len(x))
+
+
+def test_entropy_is_converged(monkeypatch):
+    coarse = toy.entropy()
+    monkeypatch.setattr(toy, "_CELL", toy._CELL / 2.0)
+    monkeypatch.setattr(toy, "_cells", toy._cells.__wrapped__)
+    np.testing.assert_allclose(coarse, toy.entropy(), atol=1e-6)
+
+
+def test_small_sigmas_reach_the_entropy():
+    assert toy.best_elbo(0.02) == toy.best_elbo(1e-3) == (-toy.entropy(),) * 2
+
+
+def test_large_sigmas_lose_the_curve():
+    """Above the critical sigma, 1.81, the best mixture is one Gaussian at the mean."""
+    for sigma in (1.85, 3.0):
+        square = np.pi**2 / 3.0 + 0.5 + 2.0 * np.mean(np.square(toy.NOISE))
+        gaussian = -square / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+        low, high = limit(sigma)
+        assert high - 0.01 <= low <= gaussian + 1e-6
+        assert gaussian - 1e-6 <= high <= gaussian + 0.01
+    assert limit(1.7)[0] > -square / (2.0 * 1.7**2) - np.log(2.0 * np.pi * 1.7**2)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_no_mixture_exceeds_the_limit_and_em_comes_close(sigma):
+    """Gaussians with free centres, fitted by EM to a sample and judged on another: a method without a grid."""
+    x, _ = cloud()
+    train, test = x[:2_000], x[2_000:]
+    rng = np.random.default_rng(0)
+    centres, log_weight = train[rng.choice(len(train), 100, replace=False)], np.full(100, -np.log(100.0))
+
+    def joint(x):
+        squared_distance = (x**2).sum(-1)[:, None] - 2.0 * x @ centres.T + (centres**2).sum(-1)
+        return log_weight - squared_distance / (2.0 * sigma**2) - np.log(2.0 * np.pi * sigma**2)
+
+    for _ in range(60):
+        share = np.exp(joint(train) - joint(train).max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        centres, log_weight = share.T @ train / share.sum(0)[:, None], np.log(share.mean(0))
+    log_prob = special.logsumexp(joint(test), axis=1)
+    low, high = limit(sigma)
+    error = log_prob.std() / np.sqrt(len(test))
+    assert 0.0 < high - low <= 0.01
+    assert log_prob.mean() < high + 4.0 * error
+    assert log_prob.mean() > low - 0.02 - 4.0 * error
+
+
+def test_limit_falls_with_sigma():
+    highs = [limit(sigma)[1] for sigma in (0.02, 0.1, 0.4, 1.0, 1.7)]
+    assert highs == sorted(highs, reverse=True)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf])
+def test_limit_refuses_what_is_not_a_sigma(sigma):
+    with pytest.raises(ValueError, match="positive"):
+        toy.best_elbo(sigma)
