@@ -22,8 +22,7 @@ import tqdm
 from absl import flags
 
 from experiments import command, loop
-from lvae_jax import datasets, figures, runs, theory
-from lvae_jax.images import celeba_fingerprint
+from lvae_jax import celeba, datasets, figures, runs, theory
 
 CHUNK = 1000
 STREAM_SIZE = 100_000
@@ -56,7 +55,7 @@ def run(
     data: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "levels", "fake_data")}
     datasets.check(config.dataset, **data, **places)
     if places.get("celeba_dir") is not None:
-        config = config._replace(celeba_files=celeba_fingerprint(places["celeba_dir"]))
+        config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
     trained = f_vaes(config)
 
     def compute(path: Path) -> dict[str, Any]:

@@ -23,9 +23,8 @@ from absl import flags
 
 from experiments import command, loop, report
 from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS, VARYING
-from lvae_jax import datasets, evaluation, figures, generation, likelihoods, networks, runs, toy, training
+from lvae_jax import celeba, datasets, evaluation, figures, generation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
-from lvae_jax.images import celeba_fingerprint
 from lvae_jax.likelihoods import Schedule
 
 NUM_EVIDENCE_EXAMPLES = 1000
@@ -126,7 +125,7 @@ def run(
     places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
     check(config, **places)
     if celeba_dir is not None:
-        config = config._replace(celeba_files=celeba_fingerprint(celeba_dir))
+        config = config._replace(celeba_files=celeba.fingerprint(celeba_dir))
 
     def compute(path: Path) -> dict[str, Any]:
         record = imported_record(config, path)

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import images, toy
-from lvae_jax.images import DatasetError
+from lvae_jax import celeba, images, toy
+from lvae_jax.cache import DatasetError
 
 TEST_SIZE = 10_000  # of the streams
 TEST_SEED = 2**31 - 1  # apart from the seeds of training
-CELEBA_SIDES = range(8, images.CELEBA_CROP + 1)
 REDUCED_LEVELS = (2, 4, 8, 16, 32, 64, 128)  # of 8-bit images, by dropping low bits
 
 
@@ -70,7 +69,7 @@ def load(
       flip, dequantize: of images, see `image_dataset`.
       fake_data: synthetic images of the data set's shape instead, see `images.fake_images`; nothing is read.
       data_dir, manual_dir: see `images.tfds_images`.
-      celeba_dir: a folder of CelebA's JPEGs, see `images.celeba_images`.
+      celeba_dir: a folder of CelebA's JPEGs, see `celeba.images`.
 
     Raises:
       DatasetError: as `check` says, or the data cannot be had.
@@ -96,7 +95,7 @@ def load(
         train, test = images.fake_images(shape)
     elif celeba_dir is not None:
         assert image_size is not None, "checked"
-        train, test = images.celeba_images(celeba_dir, image_size=image_size, data_dir=data_dir)
+        train, test = celeba.images(celeba_dir, image_size=image_size, cache_dir=images.data_folder(data_dir))
     else:
         train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
     if levels is not None:
@@ -142,7 +141,7 @@ def check(
       DatasetError: the data set is unknown, its images have no fixed shape, `data_dir` holds it in another format, or
         the options do not go together.
     """
-    celeba = name.partition(":")[0] == images.CELEBA
+    of_celeba = name.partition(":")[0] == celeba.NAME
     asked = {
         "--image_size": image_size is not None,
         "--levels": levels is not None,
@@ -153,8 +152,8 @@ def check(
         "--manual_dir": manual_dir is not None,
     }
     for flag in ("--image_size", "--celeba_dir"):
-        if asked[flag] and not celeba:
-            raise DatasetError(f"{flag} is for CelebA: leave it out, or give --dataset={images.CELEBA}")
+        if asked[flag] and not of_celeba:
+            raise DatasetError(f"{flag} is for CelebA: leave it out, or give --dataset={celeba.NAME}")
     for flag in ("--levels", "--flip", "--dequantize", "--fake_data"):
         if asked[flag] and name == "toy":
             raise DatasetError(f"{flag} is for images: leave it out, or give an image data set as --dataset")
@@ -169,9 +168,9 @@ def check(
     sources = [flag for flag in ("--fake_data", "--celeba_dir", "--manual_dir") if asked[flag]]
     if len(sources) > 1:
         raise DatasetError(f"{' and '.join(sources)}: images come from one source, leave one flag out")
-    if celeba and image_size not in CELEBA_SIDES:
+    if of_celeba and image_size not in celeba.SIDES:
         raise DatasetError(
-            f"--image_size={image_size}: must be from {CELEBA_SIDES[0]} to {CELEBA_SIDES[-1]}, "
+            f"--image_size={image_size}: must be from {celeba.SIDES[0]} to {celeba.SIDES[-1]}, "
             "CelebA's images are cropped to that"
         )
     if name not in ("toy", images.DIGITS) and celeba_dir is None:

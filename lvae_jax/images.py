@@ -1,36 +1,24 @@
-"""Image data sets as two uint8 arrays, train and test [N, H, W, C]: from scikit-learn, from TFDS, from a folder of
-JPEGs, or made up; labels of the first two.
+"""Image data sets as two uint8 arrays, train and test [N, H, W, C]: from scikit-learn, from TFDS, or made up; labels of
+the first two.
 
-Real images are decoded once, into .npy files that are mapped into memory from then on; the name of such a cache says
-what made it. CelebA (Liu et al., ICCV 2015) means its aligned JPEGs, 178 x 218 pixels, in the official splits. Of each
-face the 148 x 148 pixels in the middle are scaled to `image_size` by Pillow's bilinear filter, a triangle that widens
-with the scale, so that nothing aliases.
+Images of TFDS are decoded once, into a `cache` whose name says what made it.
 """
 
-import hashlib
 import importlib.util
 import io
-import math
 import os
-import re
-import secrets
-import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lvae_jax import cache, celeba
+from lvae_jax.cache import DatasetError
+
 DIGITS = "digits"
 DIGITS_LEVELS = 17
-CELEBA = "celeb_a"  # as TFDS calls it
-CELEBA_CROP = 148
-CELEBA_SPLITS = {"train": range(1, 162_771), "validation": range(162_771, 182_638), "test": range(182_638, 202_600)}
 FAKE_SIZES = {"train": 384, "test": 128}
-
-
-class DatasetError(Exception):
-    """A data set cannot be had; the message, one line, names the fix."""
 
 
 def digits_images() -> tuple[np.ndarray, np.ndarray]:
@@ -77,21 +65,24 @@ def tfds_images(
     import tensorflow_datasets as tfds  # half a second that the toy need not wait for
 
     builder = _builder(name, data_dir)
-    caches = {split: _tfds_cache(builder, _cache_name(split, image_size)) for split in ("train", "test")}
-    if not all(cache.exists() for cache in caches.values()):
+    names = {
+        split: f"{split}-images.npy" if image_size is None else celeba.cache_name(split, image_size)
+        for split in ("train", "test")
+    }
+    files = {split: _beside(builder, name) for split, name in names.items()}
+    if not all(file.exists() for file in files.values()):
         decoders = None if image_size is None else {"image": tfds.decode.SkipDecoding()}
         shape = builder.info.features["image"].shape if image_size is None else (image_size, image_size, 3)
-        for (split, cache), source in zip(caches.items(), _sources(builder, manual_dir, decoders), strict=True):
+        for (split, file), source in zip(files.items(), _sources(builder, manual_dir, decoders), strict=True):
             decoded = _examples(source, "image")
             if image_size is not None:
                 decoded = (
-                    celeba_face(io.BytesIO(jpeg), image_size, name=f"image {index} of {name}'s {split} split")
+                    celeba.face(io.BytesIO(jpeg), image_size, name=f"image {index} of {name}'s {split} split")
                     for index, jpeg in enumerate(decoded)
                 )
-            _write_cache(
-                cache, (len(source), *shape), np.uint8, decoded, description=f"decoding {builder.name} {split}"
-            )
-    return _map_cache(caches["train"]), _map_cache(caches["test"])
+            description = f"decoding {builder.name} {split}"
+            cache.write(file, (len(source), *shape), np.uint8, decoded, description=description)
+    return cache.load(files["train"]), cache.load(files["test"])
 
 
 def tfds_labels(
@@ -109,105 +100,14 @@ def tfds_labels(
     features = builder.info.features
     if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
         raise DatasetError(f"data set {name!r} has no `label`, one class for each image: give one that has, like mnist")
-    caches = {split: _tfds_cache(builder, f"{split}-labels.npy") for split in ("train", "test")}
-    if not all(cache.exists() for cache in caches.values()):
+    files = {split: _beside(builder, f"{split}-labels.npy") for split in ("train", "test")}
+    if not all(file.exists() for file in files.values()):
         sources = _sources(builder, manual_dir, {"image": tfds.decode.SkipDecoding()})
-        for (split, cache), source in zip(caches.items(), sources, strict=True):
+        for (split, file), source in zip(files.items(), sources, strict=True):
             labels = (np.int32(label) for label in _examples(source, "label"))
             description = f"reading {builder.name} {split} labels"
-            _write_cache(cache, (len(source),), np.int32, labels, description=description)
-    return _map_cache(caches["train"]), _map_cache(caches["test"])
-
-
-def celeba_images(celeba_dir: str, *, image_size: int, data_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """CelebA's train and test images, uint8 [N, H, W, C], from a folder of its aligned JPEGs, 000001.jpg to 202599.jpg,
-    or some of them.
-
-    The splits are those of list_eval_partition.txt in the folder or beside it, or else the official ones by number.
-    The images are cached in `data_dir` (default ~/tensorflow_datasets), anew when the names, sizes or times of the
-    files change.
-
-    Raises:
-      DatasetError: no folder, no images in it or none of one split, an image that has no split, is broken or of
-        another size, a damaged cache or no room for one.
-    """
-    folder, files, split_of = _celeba_folder(celeba_dir)
-    members: dict[str, list[str]] = {split: [] for split in CELEBA_SPLITS}
-    for name in sorted(files):
-        split = split_of(name)
-        if split is None:
-            raise DatasetError(f"{folder / name} belongs to none of CelebA's splits: remove it from the folder")
-        members[split].append(name)
-    caches = {}
-    for split in ("train", "test"):
-        if not members[split]:
-            raise DatasetError(
-                f"--celeba_dir={celeba_dir} holds no image of the {split} split: "
-                f"add some, officially {CELEBA_SPLITS[split][0]:06}.jpg to {CELEBA_SPLITS[split][-1]:06}.jpg"
-            )
-        source = [f"{name} {files[name].st_size} {files[name].st_mtime_ns}" for name in members[split]]
-        digest = hashlib.sha256("\n".join(source).encode()).hexdigest()[:16]
-        caches[split] = _data_dir(data_dir) / CELEBA / f"folder-{digest}-{_cache_name(split, image_size)}"
-    for split, cache in caches.items():
-        if not cache.exists():
-            faces = (celeba_face(folder / name, image_size, name=str(folder / name)) for name in members[split])
-            shape = (len(members[split]), image_size, image_size, 3)
-            _write_cache(cache, shape, np.uint8, faces, description=f"decoding {CELEBA} {split}")
-    return _map_cache(caches["train"]), _map_cache(caches["test"])
-
-
-def celeba_fingerprint(celeba_dir: str) -> str:
-    """Which images the folder holds, by their names, sizes and splits: the same for a copy of the folder.
-
-    Raises:
-      DatasetError: the folder cannot be read, or holds no images.
-    """
-    _, files, split_of = _celeba_folder(celeba_dir)
-    lines = [f"{name} {files[name].st_size} {split_of(name)}" for name in sorted(files)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _celeba_folder(celeba_dir: str) -> tuple[Path, dict[str, os.stat_result], Callable[[str], str | None]]:
-    """The folder, its images by name, and the split that a name belongs to."""
-    folder = Path(celeba_dir).expanduser().resolve()
-    try:
-        with os.scandir(folder) as entries:
-            files = {file.name: file.stat() for file in entries if re.fullmatch(r"\d{6}\.jpg", file.name)}
-        split_of = _celeba_partition(folder)
-    except OSError as error:
-        raise DatasetError(
-            f"--celeba_dir={celeba_dir}: {error.filename} cannot be read ({error.strerror}): "
-            "give the folder that holds 000001.jpg, with every image whole"
-        ) from None
-    if not files:
-        raise DatasetError(
-            f"--celeba_dir={celeba_dir} holds no image called like 000001.jpg: give the folder img_align_celeba"
-        )
-    return folder, files, split_of
-
-
-def celeba_face(jpeg: Path | io.BytesIO, image_size: int, *, name: str) -> np.ndarray:
-    """The face in one of CelebA's aligned JPEGs, uint8 [image_size, image_size, 3]: cut out, then scaled, as the
-    module's docstring says. `name` stands for the image in errors. Damage after which a decoder still finds all rows is
-    not seen.
-
-    Raises:
-      DatasetError: it is not a whole JPEG, or of another size than CelebA's.
-    """
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(jpeg, formats=["JPEG"]) as image:
-            if image.size != (178, 218):
-                width, height = image.size
-                raise DatasetError(
-                    f"{name} has {width} x {height} pixels, CelebA's aligned images have 178 x 218: take the original"
-                )
-            left, top = (178 - CELEBA_CROP) // 2, (218 - CELEBA_CROP) // 2
-            face = image.convert("RGB").crop((left, top, left + CELEBA_CROP, top + CELEBA_CROP))
-    except (OSError, PIL.Image.DecompressionBombError) as error:  # what Pillow raises for anything it cannot decode
-        raise DatasetError(f"{name} is not a whole JPEG ({error}): take the original") from error
-    return np.asarray(face.resize((image_size, image_size), PIL.Image.Resampling.BILINEAR))
+            cache.write(file, (len(source),), np.int32, labels, description=description)
+    return cache.load(files["train"]), cache.load(files["test"])
 
 
 def fake_images(shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -240,74 +140,14 @@ def tfds_shape(name: str, *, data_dir: str | None = None) -> tuple[int, int, int
     return _builder(name, data_dir).info.features["image"].shape
 
 
-def _celeba_partition(folder: Path) -> Callable[[str], str | None]:
-    """The split that a file name belongs to: by list_eval_partition.txt, lines like `000001.jpg 0`, or by number."""
-    for listing in (folder / "list_eval_partition.txt", folder.parent / "list_eval_partition.txt"):
-        if not listing.exists():
-            continue
-        split_of: dict[str, str] = {}
-        splits = dict(zip("012", CELEBA_SPLITS, strict=True))
-        for number, line in enumerate(listing.read_text(errors="replace").splitlines(), start=1):
-            name, split = (*line.split(), "", "")[:2]
-            if split not in splits or split_of.setdefault(name, splits[split]) != splits[split]:
-                raise DatasetError(
-                    f"{listing}, line {number}: expected an image and its one split, 0, 1 or 2, as in `000001.jpg 0`"
-                )
-        return split_of.get
-    return lambda name: next((split for split, numbers in CELEBA_SPLITS.items() if int(name[:6]) in numbers), None)
-
-
-def _data_dir(data_dir: str | None) -> Path:
+def data_folder(data_dir: str | None) -> Path:
+    """The folder `data_dir`, by default TFDS's, ~/tensorflow_datasets."""
     import tensorflow_datasets as tfds
 
     return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
 
-def _cache_name(split: str, image_size: int | None) -> str:
-    made_by = "images" if image_size is None else f"crop{CELEBA_CROP}-bilinear{image_size}"
-    return f"{split}-{made_by}.npy"
-
-
-def _map_cache(cache: Path) -> np.ndarray:
-    try:
-        return np.load(cache, mmap_mode="r")
-    except OSError as error:
-        raise DatasetError(f"the cached data in {cache} cannot be read ({error.strerror})") from None
-    except (ValueError, EOFError, tokenize.TokenError):
-        raise DatasetError(f"the cached data in {cache} are damaged: delete this file") from None
-
-
-def _write_cache(
-    cache: Path, shape: tuple[int, ...], dtype: type, values: Iterable[np.ndarray | np.generic], *, description: str
-) -> None:
-    """Writes `values`, [shape[1:]] each of `dtype` and shape[0] of them, one at a time."""
-    import tqdm
-
-    # Under another name first: a file called `cache` is always whole. And not through a memory map: where the disk is
-    # full, writing to one kills the process.
-    temporary = cache.with_name(f".{secrets.token_hex(8)}-{cache.name}")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for value in tqdm.tqdm(values, desc=description, total=shape[0], unit="image", unit_scale=True):
-                    file.write(value.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, cache)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        raise DatasetError(
-            f"no cache of {size / 1e9:.2g} GB can be written to {cache.parent} ({error.strerror}): "
-            "make room, or give another --data_dir"
-        ) from None
-
-
-def _tfds_cache(builder: Any, name: str) -> Path:
+def _beside(builder: Any, name: str) -> Path:
     """Beside the prepared data set, under a name that tells its version."""
     folder = Path(builder.data_path)
     return folder.with_name(f"{folder.name}-{name}")
@@ -339,7 +179,7 @@ def _examples(source: Any, feature: str) -> Iterator[Any]:
 def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
-    folder = _data_dir(data_dir)
+    folder = data_folder(data_dir)
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:  # not found, not installed, not a name, prepared in another format
@@ -375,7 +215,7 @@ def _prepare(builder: Any, manual_dir: str | None) -> None:
     files = {url: info.filename for url, info in (builder.url_infos or {}).items() if info.filename}
     absent = {url: name for url, name in files.items() if manual_dir is None or not Path(manual_dir, name).exists()}
     by_hand = f"put {', '.join(absent.values()) or 'its original archives'} into the folder that --manual_dir names"
-    if builder.name == CELEBA:
+    if builder.name == celeba.NAME:
         by_hand += ", or give the folder of its JPEGs as --celeba_dir"
     # TFDS would go on trying for minutes.
     for url in list(absent)[:1]:

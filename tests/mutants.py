@@ -95,7 +95,7 @@ ITS_OWN = "-m slow tests/test_quality.py::test_samples_are_the_member_s_own"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
 VAE, TOY, RUNS, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "networks"))
-BESSEL, THEORY = (f"lvae_jax/{name}.py" for name in ("bessel", "theory"))
+BESSEL, THEORY, CELEBA = (f"lvae_jax/{name}.py" for name in ("bessel", "theory", "celeba"))
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY = "experiments/generate.py", "experiments/quality.py"
@@ -136,9 +136,9 @@ MUTANTS = [
     Mutant("one_order_for_ever", DATASETS, "default_rng((seed, epoch))", "default_rng((seed, 0))"),
     Mutant("dequantised_by_255", DATASETS, "/ float(levels)", "/ float(levels - 1)", CELLS),
     Mutant("flipped_upside_down", DATASETS, "examples[:, :, ::-1]", "examples[:, ::-1]", MIRRORED),
-    Mutant("crop_off_by_one", IMAGES, "(218 - CELEBA_CROP) // 2", "(218 - CELEBA_CROP) // 2 + 1"),
-    Mutant("split_off_by_one", IMAGES, '"test": range(182_638,', '"test": range(182_637,'),
-    Mutant("cache_of_any_size", IMAGES, "-bilinear{image_size}", "-bilinear"),
+    Mutant("crop_off_by_one", CELEBA, "(218 - CROP) // 2", "(218 - CROP) // 2 + 1"),
+    Mutant("split_off_by_one", CELEBA, '"test": range(182_638,', '"test": range(182_637,'),
+    Mutant("cache_of_any_size", CELEBA, "-bilinear{image_size}", "-bilinear"),
     Mutant("one_key_for_u_and_noise", TOY, "jax.random.normal(noise_key, SHAPE)", "jax.random.normal(u_key, SHAPE)"),
     Mutant("bessel_recurrence", BESSEL, "= dim + 2 * step + k * upper", "= dim + step + k * upper", RATIO),
     Mutant("critical_without_root", THEORY, "return radius / math.sqrt(dim)", "return radius / dim", SPHERES_STDDEV),

@@ -21,6 +21,8 @@ LEVELS = [
     "bessel",
     "theory",
     "toy",
+    "cache",
+    "celeba",
     "images",
     "datasets",
     "figures",
@@ -38,7 +40,7 @@ OWNERS = {
     "orbax": "runs",
     "matplotlib": "figures",
     "tensorflow_datasets": "images",
-    "PIL": "images",
+    "PIL": "celeba",
 }
 
 
