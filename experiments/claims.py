@@ -4,14 +4,16 @@ Every threshold stands here, and none is moved to make a claim hold: a check tha
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from experiments import statistics
 from experiments.report import VARIANTS, by_row
+from experiments.statistics import Paired
 from lvae_jax import evaluation
 
 IMAGES = ("digits", "mnist", "celeb_a")  # trained by densities, as in the paper
@@ -75,56 +77,6 @@ class Part(NamedTuple):
         return sorted({member["sigma"] for member in self.members("f")}, reverse=True)
 
 
-class Paired(NamedTuple):
-    """a - b over seeds: its mean with the 95 % confidence interval of a paired t-test, in nats; p of that test and of
-    Wilcoxon's signed-rank test, two-sided; Cohen's d of the differences; how many are positive. `compare` corrects
-    both p."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_wilcoxon: float
-    effect: float
-    wins: int
-    num_seeds: int
-
-
-def paired(a: Float[np.ndarray, " M"], b: Float[np.ndarray, " M"]) -> Paired | None:
-    """The paired comparison of two variants, in which seed m has a[m] and b[m]; None for fewer than three seeds.
-
-    Without any difference p is 1 and d is 0; the same one in every seed leaves the t-test p = 0 and an infinite d.
-    """
-    gap = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    if len(gap) < 3:
-        return None
-    mean, stddev = float(gap.mean()), float(gap.std(ddof=1))
-    if stddev > 1e-9 * abs(mean):
-        test = stats.ttest_1samp(gap, 0.0)
-        (low, high), p, effect = test.confidence_interval(0.95), test.pvalue, mean / stddev
-    else:
-        low, high, p, effect = mean, mean, float(mean == 0.0), math.copysign(math.inf, mean) if mean else 0.0
-    return Paired(
-        difference=mean,
-        low=float(low),
-        high=float(high),
-        p=float(p),
-        p_wilcoxon=float(stats.wilcoxon(gap).pvalue) if gap.any() else 1.0,
-        effect=effect,
-        wins=int(np.sum(gap > 0.0)),
-        num_seeds=len(gap),
-    )
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p-values, corrected by Holm's step-down for their number."""
-    order = np.argsort(values)
-    factors = np.arange(len(values), 0, -1)
-    corrected = np.empty(len(values))
-    corrected[order] = np.minimum(np.maximum.accumulate(np.asarray(values)[order] * factors), 1.0)
-    return corrected.tolist()
-
-
 def poor_optima(elbos: Float[np.ndarray, " M"], *, best: float | None = None) -> int:
     """How many seeds ended in a poor optimum: more than 0.1 nats below the `best` run that ends at the same sigma, by
     default the best of these."""
@@ -149,12 +101,14 @@ def title(variant: str, sigma: float | None = None) -> str:
 def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]:
     """The paired comparisons (better, worse, what of them), p corrected for all of them."""
     found = [
-        Ordering(title(*better), title(*worse), paired(part.values(name, *better), part.values(name, *worse)))
+        Ordering(
+            title(*better), title(*worse), statistics.paired(part.values(name, *better), part.values(name, *worse))
+        )
         for better, worse, name in pairs
     ]
     tested = [ordering.paired for ordering in found if ordering.paired is not None]
-    p = iter(holm([each.p for each in tested]))
-    p_wilcoxon = iter(holm([each.p_wilcoxon for each in tested]))
+    p = iter(statistics.holm([each.p for each in tested]))
+    p_wilcoxon = iter(statistics.holm([each.p_wilcoxon for each in tested]))
     return [
         ordering
         if ordering.paired is None
@@ -191,13 +145,6 @@ def check_ordering(ordering: Ordering) -> Check:
         f"{found.num_seeds} seeds, p = {found.p:.2g}, d = {found.effect:.2f}"
     )
     return Check(statement, found.difference > 0.0 if found.p < LEVEL else None, evidence)
-
-
-def within(low: float, high: float, *, least: float = -math.inf, most: float) -> bool | None:
-    """True if the interval lies between `least` and `most`, False if outside, None if it crosses a limit."""
-    if least < low and high < most:
-        return True
-    return False if low > most or high < least else None
 
 
 def c1(sphere: Part) -> list[Check]:
@@ -311,7 +258,7 @@ def c4(toy: Part) -> list[Check]:
     start = -toy.curves("log_likelihood", "f", smallest)[:, 0]
     learned = max(np.abs(toy.curves("log_likelihood", "ls")).max(), toy.curves("kl", "ls").max())
     kl, elbo = compare(toy, [(("f_star",), ("ls",), "kl"), (("ls",), ("f_star",), "elbo")])
-    loss = paired(-toy.values("log_likelihood", "f_star"), -toy.values("log_likelihood", "ls"))
+    loss = statistics.paired(-toy.values("log_likelihood", "f_star"), -toy.values("log_likelihood", "ls"))
     return [
         Check(
             f"At sigma = {smallest:g} the reconstruction loss starts above 100 times the LS-VAEs' largest loss",
@@ -321,7 +268,7 @@ def c4(toy: Part) -> list[Check]:
         ),
         Check(
             "F* and LS end at the same reconstruction loss: the 95 % interval of the difference is within 0.05",
-            None if loss is None else within(loss.low, loss.high, least=-0.05, most=0.05),
+            None if loss is None else statistics.within(loss.low, loss.high, least=-0.05, most=0.05),
             "too few seeds"
             if loss is None
             else f"F* less LS {loss.difference:+.4f} nats [{loss.low:.4f}, {loss.high:.4f}]",
@@ -332,7 +279,7 @@ def c4(toy: Part) -> list[Check]:
 
 
 class Jumps(NamedTuple):
-    """The jumps of sigma in LS runs, by `evaluation.jumps`. counts: of each run; coincident: the fraction of all at
+    """The jumps of sigma in LS runs, by `statistics.jumps`. counts: of each run; coincident: the fraction of all at
     which the ELBO jumps within 2 % of the run; expected: that fraction, were the ELBO another run's; p: of the
     permutation test that it matters not whose ELBO it is, one-sided. None without any jump, or with fewer runs than can
     be significant."""
@@ -346,11 +293,11 @@ class Jumps(NamedTuple):
 def sigma_jumps(part: Part) -> Jumps:
     """The jumps of -log sigma, and of the ELBO by dimension, which a lower log sigma raises by as much."""
     sigmas, elbos = part.curves("sigma_mean", "ls"), part.curves("elbo", "ls") / part.summary["num_dimensions"]
-    falls = [evaluation.jumps(-np.log(sigma))[0] for sigma in sigmas]
+    falls = [statistics.jumps(-np.log(sigma))[0] for sigma in sigmas]
     near = np.zeros(elbos.shape, bool)
     reach = max(1, round(0.02 * elbos.shape[1]))
     for run, elbo in enumerate(elbos):
-        for step in evaluation.jumps(elbo)[0]:
+        for step in statistics.jumps(elbo)[0]:
             near[run, max(step - reach, 0) : step + reach + 1] = True
     counts = [len(steps) for steps in falls]
     runs = np.arange(len(counts))
@@ -372,7 +319,7 @@ def c5(parts: Mapping[str, Part]) -> list[Check]:
     """Fig. 10."""
     checks = []
     found = {name: sigma_jumps(part) for name, part in parts.items()}
-    corrected = iter(holm([jumps.p for jumps in found.values() if jumps.p is not None]))
+    corrected = iter(statistics.holm([jumps.p for jumps in found.values() if jumps.p is not None]))
     for name, jumps in found.items():
         counts = ", ".join(map(str, jumps.counts))
         checks.append(Check(f"{name}: sigma jumps in every run", min(jumps.counts) > 0, f"jumps in each run: {counts}"))
@@ -559,7 +506,7 @@ def _no_worse(ordering: Ordering, statement: str) -> Check:
         return Check(statement, None, "too few seeds for a paired test")
     found = ordering.paired
     evidence = f"LS-VAE's lead {found.difference:+.4f} nats [{found.low:.4f}, {found.high:.4f}]"
-    return Check(statement, within(found.low, found.high, most=0.01), evidence)
+    return Check(statement, statistics.within(found.low, found.high, most=0.01), evidence)
 
 
 def all_claims(parts: Mapping[str, Part], quality: Mapping[str, Mapping[str, Any]]) -> list[Claim]:

@@ -17,7 +17,7 @@ import tqdm
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
-from lvae_jax import evaluation, runs, training
+from lvae_jax import devices, diagnostics, evaluation, runs, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.datasets import Dataset, example_keys, to_float
 from lvae_jax.likelihoods import Schedule
@@ -66,7 +66,7 @@ class Examination(NamedTuple):
     nats of their probabilities, see `evaluation.as_probabilities`."""
 
     scores: Scores
-    details: evaluation.Details
+    details: diagnostics.Details
     code_elbo: Float[Array, "..."] | None
 
 
@@ -74,7 +74,7 @@ class Programs(NamedTuple):
     """The compiled functions of one variant; they serve all groups of the same size. All map over the members of a
     group. `layout` says how `steps` takes its arguments; all others run on one device."""
 
-    layout: training.Layout
+    layout: devices.Layout
     init: Callable[..., TrainState]
     steps: Callable[..., tuple[TrainState, training.Metrics]]
     examine: Callable[..., Examination]
@@ -132,14 +132,14 @@ def in_turn(load: Callable[[], Tree]) -> Tree:
     return load() if loaded is None else loaded
 
 
-def layout(dataset: Dataset) -> training.Layout:
+def layout(dataset: Dataset) -> devices.Layout:
     """How training uses the devices: images split their batches over the devices of all processes, points in the plane
     their members over those of one; there, all processes do the same."""
     if jax.device_count() == 1:  # where calling what pmap made takes longer than what jit made
-        return training.one_device()
+        return devices.one_device()
     if len(dataset.shape) == 3:
-        return training.split_batch(jax.devices())
-    return training.split_members(jax.local_devices())
+        return devices.split_batch(jax.devices())
+    return devices.split_members(jax.local_devices())
 
 
 def place(dataset: Dataset) -> Any:
@@ -163,7 +163,7 @@ def compile_programs(
 ) -> Programs:
     """Compiles, at the first call of each, the programs of the model `make_vae(sigma)`. `dequantised` tells whether the
     data are; `schedule` are options of `training.optimizer`."""
-    devices = layout(dataset)
+    on_devices = layout(dataset)
     model = {
         "make_vae": make_vae,
         "optimizer": training.optimizer(num_steps, **schedule),
@@ -214,12 +214,12 @@ def compile_programs(
         return jax.vmap(one)(seeds, sigmas, states.weights)
 
     steps = functools.partial(
-        training.members_steps, **model, batch=dataset.batch, beta=beta, axis_name=devices.axis_name
+        training.members_steps, **model, batch=dataset.batch, beta=beta, axis_name=on_devices.axis_name
     )
     return Programs(
-        layout=devices,
+        layout=on_devices,
         init=jax.jit(functools.partial(training.members_init, **model)),
-        steps=devices.map(steps, donate_argnums=2),
+        steps=on_devices.map(steps, donate_argnums=2),
         examine=jax.jit(examine),
         importance_score=jax.jit(importance_score, static_argnames=("num_samples", "as_code")),
         evidence=jax.jit(evidence, static_argnames="num_nodes"),
@@ -274,7 +274,7 @@ def fit(
       runs.RunError: the checkpoint is damaged, or training diverged.
     """
     states, record = start(run_dir, group, programs, num_steps=num_steps)
-    step, num_members, devices = int(states.step[0]), len(group.seeds), programs.layout
+    step, num_members, on_devices = int(states.step[0]), len(group.seeds), programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
     if not bar.disable:
         bar.initial += step * num_members  # steps of an earlier process say nothing about the rate
@@ -293,13 +293,13 @@ def fit(
         """The indices, and if they are streamed the examples, of the `fused` steps from `first` on."""
         steps = range(first, first + fused)
         whole = [[dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in steps]
-        indices = devices.share(np.asarray(whole))
+        indices = on_devices.share(np.asarray(whole))
         if streamed:
-            return jax.device_put((indices, np.asarray(dataset.train[indices])), devices.batches)
+            return jax.device_put((indices, np.asarray(dataset.train[indices])), on_devices.batches)
         return indices, None
 
     feed = (prefetch if streamed else map)(batches, range(step, num_steps, fused))
-    seeds, sigmas, states = devices.place((group.seeds, group.sigmas, states))
+    seeds, sigmas, states = on_devices.place((group.seeds, group.sigmas, states))
     saved = time.monotonic()
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
         while step < num_steps:
@@ -308,7 +308,7 @@ def fit(
             for _ in range(step, stop, fused):
                 states, metrics = programs.steps(seeds, sigmas, states, train, *next(feed))
                 parts.append(metrics)
-            parts = devices.collect(parts, num_members, 1)
+            parts = on_devices.collect(parts, num_members, 1)
             metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
             scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
             if not np.isfinite([scores.elbo, gradient_norm]).all():
@@ -328,7 +328,7 @@ def fit(
             bar.update((stop - step) * num_members)
             step = stop
             if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                kept = devices.collect(states.finished() if step == num_steps else states, num_members, 0)
+                kept = on_devices.collect(states.finished() if step == num_steps else states, num_members, 0)
                 checkpoints.save(step, (kept, record))
                 saved = time.monotonic()
     return jax.device_put(kept), record
@@ -353,7 +353,7 @@ def prefetch(batches: Callable[[int], Any], firsts: Iterable[int]) -> Iterator[A
 
 def evaluate(
     group: Group, programs: Programs, states: TrainState, dataset: Dataset
-) -> tuple[Scores, evaluation.Diagnostics, Float[Array, "M N"] | None]:
+) -> tuple[Scores, diagnostics.Diagnostics, Float[Array, "M N"] | None]:
     """The scores [M, N] of the N examples of the test split by each of the group's M members, their diagnostics, and
     `Examination.code_elbo`.
 
@@ -366,7 +366,7 @@ def evaluate(
         raise runs.RunError(
             f"training of {group.name} diverged in its last steps: give another --sigma, or a lower --learning_rate"
         )
-    return scores, evaluation.diagnostics(details), code_elbo
+    return scores, diagnostics.summarise(details), code_elbo
 
 
 def importance_bound(

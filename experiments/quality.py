@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from experiments import command, generate, report, sigma_sweep
-from lvae_jax import datasets, evaluation, generation, networks, runs
+from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
 
 Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
@@ -41,6 +42,24 @@ class Classifier(NamedTuple):
     classify: Callable[[Float[np.ndarray, "N H W C"]], Int[np.ndarray, " N"]]
 
 
+class FeatureNetwork(nn.Module):
+    """A small classifier of images [B, H, W, C]: a stride-2 convolution for each width and two dense layers.
+
+    Gives (features [B, num_features], logits [B, num_classes]); the features are the input of the last layer.
+    """
+
+    num_classes: int
+    widths: tuple[int, ...] = (32, 64)
+    num_features: int = 64
+
+    @nn.compact
+    def __call__(self, h: Array) -> tuple[Array, Array]:
+        for width in self.widths:
+            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
+        features = nn.silu(nn.Dense(self.num_features)(h.reshape(h.shape[0], -1)))
+        return features, nn.Dense(self.num_classes)(features)
+
+
 def train_classifier(
     key: Key[Array, ""],
     images: UInt8[np.ndarray, "N H W C"],
@@ -51,15 +70,15 @@ def train_classifier(
     batch_size: int = 128,
     learning_rate: float = 2e-3,
 ) -> Classifier:
-    """Trains `networks.classifier` on the cross entropy of batches drawn with replacement, by Adam, its rate decayed to
-    zero by a half cosine.
+    """Trains a `FeatureNetwork` on the cross entropy of batches drawn with replacement, by Adam, whose rate a half
+    cosine lowers to zero.
 
     Raises:
       ValueError: there is not one label from 0 on for each image.
     """
     if labels.shape != images.shape[:1] or labels.min() < 0:
         raise ValueError(f"give {len(images)} labels from 0 on, one for each image")
-    network = networks.classifier(images.shape[1:], int(labels.max()) + 1)
+    network = FeatureNetwork(int(labels.max()) + 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
     init_key, batch_key = jax.random.split(key)
     del key
@@ -76,7 +95,7 @@ def train_classifier(
         updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    params = network.init(init_key)
+    params = network.init(init_key, jnp.zeros((1, *images.shape[1:])))
     state = (params, optimizer.init(params))
     examples = jax.device_put((np.asarray(images), np.asarray(labels)))
     for step in range(num_steps):
@@ -99,8 +118,8 @@ def score(
 ) -> dict[str, float]:
     """The numbers of generated images, clipped to [0, 1] as they are shown, against the features of real ones."""
     theirs = features(np.clip(generated, 0.0, 1.0))
-    frechet = {"classifier_frechet_distance": generation.frechet_distance(real, theirs)}
-    return frechet | generation.precision_and_recall(real, theirs)._asdict()
+    frechet = {"classifier_frechet_distance": measures.frechet_distance(real, theirs)}
+    return frechet | measures.precision_and_recall(real, theirs)._asdict()
 
 
 def run(

@@ -23,7 +23,19 @@ from absl import flags
 
 from experiments import command, loop, report
 from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS, VARYING
-from lvae_jax import celeba, datasets, evaluation, figures, generation, likelihoods, networks, runs, toy, training
+from lvae_jax import (
+    celeba,
+    datasets,
+    diagnostics,
+    evaluation,
+    figures,
+    likelihoods,
+    measures,
+    networks,
+    runs,
+    toy,
+    training,
+)
 from lvae_jax import vae as vae_lib
 from lvae_jax.likelihoods import Schedule
 
@@ -472,9 +484,9 @@ def evaluate(
     Raises:
       runs.RunError: a result is not finite.
     """
-    scores, diagnostics, code_elbo = loop.evaluate(group, programs, states, dataset)
+    scores, found, code_elbo = loop.evaluate(group, programs, states, dataset)
     columns = {name: values for name, values in vae_lib.summary(scores)._asdict().items()}
-    columns |= diagnostics._asdict() | {"best_sigma": np.sqrt(columns["mse"])}
+    columns |= found._asdict() | {"best_sigma": np.sqrt(columns["mse"])}
     if code_elbo is not None:
         columns["code_elbo"] = code_elbo.mean(axis=-1)
     if config.num_importance_samples:
@@ -493,14 +505,14 @@ def evaluate(
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
     pictures = jax.device_get(programs.pictures(group.seeds, group.sigmas, states, shown))
     originals = jnp.asarray(data)
-    if images and evaluation.laplacian_energy(originals).any():  # images without any detail have no sharpness
-        columns["sharpness"] = [evaluation.sharpness(jnp.asarray(mean), originals) for mean in pictures.reconstructions]
+    if images and measures.laplacian_energy(originals).any():  # images without any detail have no sharpness
+        columns["sharpness"] = [measures.sharpness(jnp.asarray(mean), originals) for mean in pictures.reconstructions]
         pairs = zip(*map(jnp.asarray, (pictures.samples, pictures.sample_means)), strict=True)
-        columns["sample_noise"] = [evaluation.sample_noise(samples, means, originals).rms for samples, means in pairs]
+        columns["sample_noise"] = [measures.sample_noise(samples, means) for samples, means in pairs]
     if config.dataset == "toy":
         pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
-        measures = [toy_measures(*pair, shown, dataset.test) for pair in pairs]
-        columns |= {name: [of_member[name] for of_member in measures] for name in measures[0]}
+        measured = [toy_measures(*pair, shown, dataset.test) for pair in pairs]
+        columns |= {name: [of_member[name] for of_member in measured] for name in measured[0]}
     for name, values in columns.items():
         if not np.isfinite(np.asarray(values, np.float64)).all():
             raise runs.RunError(
@@ -510,11 +522,11 @@ def evaluate(
     members, panels = [], []
     for index, seed in enumerate(group.seeds):
         final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}
-        of_member = type(diagnostics)(*(field[index] for field in diagnostics))
+        of_member = diagnostics.Diagnostics(*(field[index] for field in found))
         relative = None
         if variant in VARYING and int(seed) in ls_errors:
             relative = math.sqrt(final["mse"] / ls_errors[int(seed)])
-        final["diagnosis"] = evaluation.diagnosis(of_member, discretised=config.discretise, relative_error=relative)
+        final["diagnosis"] = diagnostics.diagnosis(of_member, discretised=config.discretise, relative_error=relative)
         sigma = float(group.sigmas[index]) if variant in CONSTANT else final["sigma_mean"]
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
@@ -534,7 +546,7 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
         "curve_distance": float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
         "noise_kept": float(toy.noise_kept(points, jnp.asarray(x))),
         "band_widths": np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
-        "sliced_wasserstein": generation.sliced_wasserstein(jax.random.key(0), samples, test),
+        "sliced_wasserstein": measures.sliced_wasserstein(jax.random.key(0), samples, test),
     }
 
 

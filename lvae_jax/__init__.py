@@ -8,7 +8,7 @@
   terms = lv.elbo(jax.random.split(jax.random.key(1), len(x)), vae, params, x)  # x [B, 2]; terms.elbo is [B], in nats
 
 Importing it needs jax, flax, optax and jaxtyping. Nothing here compiles, prints or reads flags. (Two of the modules
-that have to be imported by name do: `training.Layout.map` is `jax.jit` or `jax.pmap`, for a program to call, and
+that have to be imported by name do: `devices.Layout.map` is `jax.jit` or `jax.pmap`, for a program to call, and
 `datasets` shows its progress while it downloads or prepares images.)
 """
 

@@ -1,4 +1,4 @@
-"""Encoders, decoders and a classifier as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
+"""Encoders and decoders as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
 
 An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's
 `apply(params, z [B, L])` gives the outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of
@@ -30,7 +30,7 @@ _small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 class Network(NamedTuple):
     """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and
-    decoders, and `classifier` for itself."""
+    decoders."""
 
     init: Callable[[Key[Array, ""]], Any]
     apply: Callable[[Any, Float[Array, "..."]], Any]
@@ -111,15 +111,6 @@ def side_by_side(first: Network, second: Network) -> Network:
 
     parts = {"first": first, "second": second}
     return Network(init, apply)
-
-
-def classifier(
-    shape: Sequence[int], num_classes: int, *, widths: Sequence[int] = (32, 64), num_features: int = 64
-) -> Network:
-    """A small network of our own for images [B, H, W, C], a stride-2 convolution for each width and two dense layers:
-    `apply` gives (features [B, num_features], logits [B, num_classes]), the features being what the last layer sees."""
-    module = _Classifier(num_classes, tuple(widths), num_features)
-    return Network(lambda key: module.init(key, jnp.zeros((1, *shape))), module.apply)
 
 
 class _ResidualMLP(nn.Module):
@@ -219,19 +210,6 @@ class _ConvDecoder(nn.Module):
             h = _ConvTranspose(width, dtype=self.dtype, name=next(names))(nn.silu(h))[:, :rows, :columns]
         h = _ConvTranspose(channels * self.outputs, kernel_init=_small, name=next(names))(nn.silu(h))
         return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
-
-
-class _Classifier(nn.Module):
-    num_classes: int
-    widths: tuple[int, ...]
-    num_features: int
-
-    @nn.compact
-    def __call__(self, h: Array) -> tuple[Array, Array]:
-        for width in self.widths:
-            h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2))(h))
-        features = nn.silu(nn.Dense(self.num_features)(h.reshape(h.shape[0], -1)))
-        return features, nn.Dense(self.num_classes)(features)
 
 
 def _encoder(module: nn.Module, shape: Sequence[int]) -> Network:

@@ -95,10 +95,10 @@ ITS_OWN = "-m slow tests/test_quality.py::test_samples_are_the_member_s_own"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
 VAE, TOY, RUNS, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "networks"))
-BESSEL, THEORY, CELEBA = (f"lvae_jax/{name}.py" for name in ("bessel", "theory", "celeba"))
+BESSEL, THEORY, CELEBA, DIAGNOSTICS = (f"lvae_jax/{n}.py" for n in ("bessel", "theory", "celeba", "diagnostics"))
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
-GENERATE, QUALITY = "experiments/generate.py", "experiments/quality.py"
+GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
@@ -155,7 +155,7 @@ MUTANTS = [
     ),
     Mutant("constant_s_sign", EVALUATION, "return elbo + math.prod(shape)", "return elbo - math.prod(shape)"),
     Mutant("nats_for_bits", EVALUATION, "(bound - elbo) / (n * math.log(2.0))", "(bound - elbo) / n"),
-    Mutant("active_by_stddev", EVALUATION, "posterior_mean.var(axis=-1) > 0.01", "posterior_mean.std(axis=-1) > 0.01"),
+    Mutant("active_by_stddev", DIAGNOSTICS, "posterior_mean.var(axis=-1) > 0.01", "posterior_mean.std(axis=-1) > 0.01"),
     Mutant("rewound_too_far", RUNS, 'row["step"] <= step]', 'row["step"] < step]'),
     Mutant("panels_swapped", FIGURES, "*panel.reconstructions.T", "*panel.sample_means.T"),
     Mutant("bound_of_8_bits", EVALUATION, "n * math.log(levels)", "n * math.log(256)", "tests/test_levels.py"),
@@ -164,7 +164,7 @@ MUTANTS = [
     # The experiments, by tests of their parts
     Mutant("sd_of_the_population", REPORT, "np.std(elbos, ddof=1)", "np.std(elbos)"),
     Mutant("gap_s_sign", REPORT, 'test_log_prob - row["elbo"]', 'row["elbo"] - test_log_prob'),
-    Mutant("bonferroni_for_holm", CLAIMS, "np.arange(len(values), 0, -1)", "np.full(len(values), len(values))"),
+    Mutant("bonferroni_for_holm", STATISTICS, "np.arange(len(values), 0, -1)", "np.full(len(values), len(values))"),
     Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
     Mutant("not_in_grey_levels", CLAIMS, "highest * math.sqrt(np.mean(", "math.sqrt(np.mean("),
     Mutant("seeds_not_paired", CLAIMS, 'sorted(chosen, key=lambda member: member["seed"])', "chosen"),

@@ -30,8 +30,10 @@ LEVELS = [
     "networks",
     "vae",
     "training",
+    "devices",
+    "diagnostics",
     "evaluation",
-    "generation",
+    "measures",
     "runs",
 ]
 # Packages that only one file knows.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims
+from experiments import claims, statistics
 from experiments.claims import Part
 
 RNG = np.random.default_rng(0)
@@ -201,14 +201,6 @@ def test_a_difference_within_the_noise_is_undecided(claim, statement, of_ls):
     assert found.holds is None, found
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(-0.04, 0.04, True), (0.01, 0.06, None), (-0.06, 0.06, None), (0.06, 0.09, False), (-0.09, -0.06, False)],
-)
-def test_an_interval_is_within_limits_beyond_or_neither(low, high, expected):
-    assert claims.within(low, high, least=-0.05, most=0.05) is expected
-
-
 def test_c5_needs_jumps_and_their_coincidence():
     part = toy_part()
     for curves in part.metrics.values():
@@ -283,46 +275,20 @@ def test_models_of_probabilities_are_judged_by_them_and_their_errors():
     assert holds(lv_mse=1.3e-3) == [True, False], "1.14 times the LS-VAE's error"
 
 
-def test_paired_comparisons_are_scipy_s():
-    a, b = RNG.standard_normal((2, 12))
-    found = claims.paired(a, b)
-    test = stats.ttest_rel(a, b)
-    assert found.p == pytest.approx(test.pvalue, rel=1e-12)
-    assert (found.low, found.high) == pytest.approx(test.confidence_interval(), rel=1e-12)
-    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(a, b).pvalue, rel=1e-12)
-    assert found.effect == pytest.approx(test.statistic / np.sqrt(12), rel=1e-12), "d of paired data is t / sqrt(n)"
-    assert found.wins == np.sum(a > b)
-    swapped = claims.paired(b, a)
-    assert (swapped.difference, swapped.p) == pytest.approx((-found.difference, found.p), rel=1e-12)
-    assert claims.paired(a[:2], b[:2]) is None
-
-
-def test_paired_comparisons_of_what_does_not_vary():
-    a = RNG.standard_normal(10)
-    same, shifted = claims.paired(a, a), claims.paired(np.ones(10), np.zeros(10))
-    assert same == claims.Paired(0.0, 0.0, 0.0, p=1.0, p_wilcoxon=1.0, effect=0.0, wins=0, num_seeds=10)
-    assert (shifted.difference, shifted.low, shifted.high, shifted.p, shifted.wins) == (1.0, 1.0, 1.0, 0.0, 10)
-    assert shifted.p_wilcoxon == pytest.approx(2.0**-9), "all ten signs agree"
+def test_replay_that_repeats_every_seed_is_no_worse():
     copies = toy_part(lambda member: member.update(elbo=-0.75))
-    assert claims.annealing(copies)[1].holds is True, "a replay that repeats every seed is no worse"
+    assert claims.annealing(copies)[1].holds is True
 
 
 def test_what_is_compared_together_is_corrected_together():
     part = toy_part()
     pairs = [(("f_star",), ("ls",), "kl"), (("lv",), ("ls",), "elbo"), (("geometric",), ("replay",), "elbo")]
-    expected = claims.holm(
+    expected = statistics.holm(
         [stats.ttest_rel(part.values(name, *a), part.values(name, *b)).pvalue for a, b, name in pairs]
     )
     found = [ordering.paired for ordering in claims.compare(part, pairs)]
     assert [each.p for each in found] == pytest.approx(expected, rel=1e-9)
     assert found[0].p_wilcoxon == pytest.approx(3 * 2.0**-9), "all ten signs agree, times three"
-
-
-def test_holm_s_correction_by_hand():
-    # Sorted .01, .02, .03, .04 times 4, 3, 2, 1, never decreasing.
-    np.testing.assert_allclose(claims.holm([0.03, 0.01, 0.04, 0.02]), [0.06, 0.04, 0.06, 0.06])
-    np.testing.assert_allclose(claims.holm([0.9, 0.8]), [1.0, 1.0])
-    assert claims.holm([]) == []
 
 
 def test_poor_optima_are_those_far_below_the_best():

@@ -10,7 +10,7 @@ import pytest
 from conftest import call, run_command
 
 from experiments import command, critical_sigma, sigma_sweep
-from lvae_jax import datasets, evaluation, likelihoods, runs, theory, toy, training
+from lvae_jax import datasets, diagnostics, likelihoods, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.networks import Network
 
@@ -93,7 +93,7 @@ def test_linear_vaes_reach_the_limit(linear_vaes, index):
     assert best - 2e-3 < log_likelihood - kl < best + 1e-6
     keys = datasets.example_keys(jax.random.key(2), jnp.arange(SIZE))
     terms = vae_lib.elbo(keys, linear_vae(sigma), params, jnp.array(x))
-    found = evaluation.diagnostics(evaluation.details(terms, jnp.array(x), floor=0.0))
+    found = diagnostics.summarise(diagnostics.details(terms, jnp.array(x), floor=0.0))
     assert found.active_directions == np.sum(sigma < STDDEVS)
     draws = np.float64(terms.elbo)
     assert abs(draws.mean() - log_likelihood + kl) < 4.0 * draws.std() / np.sqrt(SIZE), "the bound is that of `elbo`"

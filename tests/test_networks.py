@@ -213,25 +213,3 @@ def test_the_posterior_s_stddev_is_bounded():
     assert (log_stddev <= high).all()
     assert math.isclose(log_stddev.min(), low)
     assert math.isclose(log_stddev.max(), high)
-
-
-def test_the_classifier_s_features_are_all_that_its_last_layer_sees():
-    network = networks.classifier((12, 12, 1), 10)
-    params, apply = jax.jit(network.init)(jax.random.key(0)), jax.jit(network.apply)
-    x = jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
-    features, logits = apply(params, x)
-    assert features.shape == (5, 64)
-    last = [leaf for leaf in jax.tree.leaves(params) if leaf.shape == (64, 10)]
-    np.testing.assert_allclose(logits, features @ last[0], rtol=1e-5, atol=1e-6)  # biases start at zero
-    others, _ = apply(params, x.at[:3].set(0.7))
-    np.testing.assert_allclose(others[3:], features[3:], rtol=1e-5, atol=1e-6)
-
-
-def test_every_parameter_of_the_classifier_gets_a_gradient():
-    network = networks.classifier((9, 7, 3), 4, widths=(4, 6, 8), num_features=5)
-    x = jax.random.uniform(jax.random.key(1), (5, 9, 7, 3))
-    weights = jax.random.normal(jax.random.key(2), (5, 4))
-    gradient = jax.jit(jax.grad(lambda params: jnp.sum(weights * network.apply(params, x)[1])))
-    gradients = gradient(jax.jit(network.init)(jax.random.key(0)))
-    assert sum(leaf.ndim == 4 for leaf in jax.tree.leaves(gradients)) == 3
-    assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients))

@@ -5,12 +5,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import call, run_command
 
 from experiments import command, generate, quality, report, sigma_sweep
-from lvae_jax import datasets, generation, images, runs
+from lvae_jax import datasets, images, measures, runs
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
 
@@ -110,8 +111,8 @@ def test_noise_worsens_scores(classifier):
 def test_images_are_clipped():
     shown = np.clip(3.0 * SEEN - 1.0, 0.0, 1.0)
     score = quality.score(corner, corner(SEEN), 3.0 * SEEN - 1.0)
-    assert score["classifier_frechet_distance"] == generation.frechet_distance(corner(SEEN), corner(shown))
-    assert (score["precision"], score["recall"]) == generation.precision_and_recall(corner(SEEN), corner(shown))
+    assert score["classifier_frechet_distance"] == measures.frechet_distance(corner(SEEN), corner(shown))
+    assert (score["precision"], score["recall"]) == measures.precision_and_recall(corner(SEEN), corner(shown))
 
 
 def corner(x):
@@ -241,3 +242,24 @@ def test_command_ends_in_one_line(tmp_path):
     assert "flags.json cannot be read" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_classifier_s_features_are_all_that_its_last_layer_sees():
+    network, x = quality.FeatureNetwork(10), jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
+    params, apply = jax.jit(network.init)(jax.random.key(0), x), jax.jit(network.apply)
+    features, logits = apply(params, x)
+    assert features.shape == (5, 64)
+    last = [leaf for leaf in jax.tree.leaves(params) if leaf.shape == (64, 10)]
+    np.testing.assert_allclose(logits, features @ last[0], rtol=1e-5, atol=1e-6)  # biases start at zero
+    others, _ = apply(params, x.at[:3].set(0.7))
+    np.testing.assert_allclose(others[3:], features[3:], rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_of_the_classifier_gets_a_gradient():
+    network = quality.FeatureNetwork(4, widths=(4, 6, 8), num_features=5)
+    x = jax.random.uniform(jax.random.key(1), (5, 9, 7, 3))
+    weights = jax.random.normal(jax.random.key(2), (5, 4))
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(weights * network.apply(params, x)[1])))
+    gradients = gradient(jax.jit(network.init)(jax.random.key(0), x))
+    assert sum(leaf.ndim == 4 for leaf in jax.tree.leaves(gradients)) == 3
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradients))

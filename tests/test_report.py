@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import report
-from lvae_jax import evaluation, figures, runs, toy
+from lvae_jax import diagnostics, figures, runs, toy
 
 RNG = np.random.default_rng(0)
 best_elbo = functools.cache(toy.best_elbo)  # takes a second
@@ -24,7 +24,7 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
         scores = {"elbo": elbo, "log_likelihood": elbo + kl, "kl": kl, "mse": mse, "best_sigma": np.sqrt(mse)}
         own = sigma if variant in ("f", "f_star") else sigma + 0.01 * seed
         sigmas = {"sigma": own, "sigma_min": own, "sigma_mean": own, "sigma_max": own}
-        diagnostics = {
+        found = {
             "latent_kl": [kl, 0.0],
             "active_units": 1 + seed % 2,
             "active_directions": 1,
@@ -32,11 +32,11 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
             "sigma_factor": 1.0,
             "residual_mean": 0.0,
             "residual_stddev": 1.0,
-            "coverage": list(evaluation.INTERVALS),
+            "coverage": list(diagnostics.INTERVALS),
             "diagnosis": "calibrated",
         }
         place = {"group": variant, "member": first + seed}
-        made.append({"variant": variant, "seed": seed} | scores | sigmas | diagnostics | place | others)
+        made.append({"variant": variant, "seed": seed} | scores | sigmas | found | place | others)
     return made
 
 

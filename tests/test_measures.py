@@ -1,14 +1,16 @@
-"""Distances between sets of points: against scipy, linear programming, closed forms and sets whose answer is known."""
+"""Distances between sets of points, sharpness and noise of images: against scipy, linear programming, closed forms and
+sets whose answer is known."""
 
 import itertools
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import linalg, optimize, spatial, stats
+from scipy import linalg, ndimage, optimize, spatial, stats
 
-from lvae_jax import generation
+from lvae_jax import likelihoods, measures
 
 RNG = np.random.default_rng
 
@@ -39,7 +41,7 @@ def by_scipy(a, b):
 @pytest.mark.parametrize(("size_a", "size_b", "dim"), [(50, 70, 2), (500, 400, 16), (1000, 300, 64)])
 def test_frechet_distance_is_scipy_s(size_a, size_b, dim):
     a, b = cloud(1, size_a, dim), cloud(2, size_b, dim)
-    assert generation.frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=1e-8)
+    assert measures.frechet_distance(a, b) == pytest.approx(by_scipy(a, b), rel=1e-8)
 
 
 def test_frechet_distance_of_diagonal_gaussians():
@@ -48,7 +50,7 @@ def test_frechet_distance_of_diagonal_gaussians():
     stddev_a, stddev_b = np.array([1.0, 2.0, 0.1]), np.array([3.0, 2.0, 0.6])
     a, b = exactly(mean_a, np.diag(stddev_a), 100), exactly(mean_b, np.diag(stddev_b), 30)
     expected = (1.0 + 0.0 + 4.0) + (4.0 + 0.0 + 0.25)
-    assert generation.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_distance_of_orthogonal_lines_is_the_sum_of_their_variances():
@@ -57,7 +59,7 @@ def test_frechet_distance_of_orthogonal_lines_is_the_sum_of_their_variances():
     line -= line.mean()
     a, b = line * np.array([[2.0, 0.0, 0.0]]), line * np.array([[0.0, 3.0, 0.0]])
     expected = (4.0 + 9.0) * line.var(ddof=1)
-    assert generation.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_distance_to_itself_is_zero():
@@ -65,7 +67,7 @@ def test_frechet_distance_to_itself_is_zero():
     for size, dim in ((200, 8), (5, 40), (2, 3), (2, 1), (300, 64)):
         points = RNG(3).normal(size=(size, dim))
         for scale in (1e-6, 1.0, 1e6):
-            distance = generation.frechet_distance(scale * points, scale * RNG(4).permutation(points))
+            distance = measures.frechet_distance(scale * points, scale * RNG(4).permutation(points))
             assert 0.0 <= distance < 1e-13 * dim * scale**2
 
 
@@ -77,7 +79,7 @@ def test_frechet_distance_with_fewer_points_than_dimensions():
     cross = np.sqrt(np.maximum(linalg.eigvalsh(products), 0.0)).sum()
     traces = np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
     expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + traces - 2.0 * cross
-    assert generation.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
+    assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
 
 
 def test_frechet_distance_keeps_its_digits_on_tiny_variances():
@@ -86,26 +88,26 @@ def test_frechet_distance_keeps_its_digits_on_tiny_variances():
     rotation = stats.special_ortho_group.rvs(3, random_state=0)
     a = exactly(np.zeros(3), np.diag(stddevs), 40)
     b = exactly(np.zeros(3), np.diag(stddevs * np.array([1.0, 1.0, 3.0])), 40)
-    distance = generation.frechet_distance(a @ rotation, b @ rotation)
+    distance = measures.frechet_distance(a @ rotation, b @ rotation)
     assert distance == pytest.approx(0.0, abs=1e-13)
 
 
 def test_frechet_distance_is_invariant():
     a, b = cloud(1, 80, 5), cloud(2, 60, 5)
-    distance = generation.frechet_distance(a, b)
-    assert generation.frechet_distance(b, a) == pytest.approx(distance, rel=1e-10)
-    assert generation.frechet_distance(a[::-1], b) == pytest.approx(distance, rel=1e-10)
+    distance = measures.frechet_distance(a, b)
+    assert measures.frechet_distance(b, a) == pytest.approx(distance, rel=1e-10)
+    assert measures.frechet_distance(a[::-1], b) == pytest.approx(distance, rel=1e-10)
     rotation, shift = stats.ortho_group.rvs(5, random_state=0), np.arange(5.0)
-    assert generation.frechet_distance(a @ rotation + shift, b @ rotation + shift) == pytest.approx(distance, rel=1e-10)
-    assert generation.frechet_distance(10.0 * a, 10.0 * b) == pytest.approx(100.0 * distance, rel=1e-10)
-    moved = generation.frechet_distance(a, a + shift)
+    assert measures.frechet_distance(a @ rotation + shift, b @ rotation + shift) == pytest.approx(distance, rel=1e-10)
+    assert measures.frechet_distance(10.0 * a, 10.0 * b) == pytest.approx(100.0 * distance, rel=1e-10)
+    moved = measures.frechet_distance(a, a + shift)
     assert moved == pytest.approx(np.sum(shift**2), rel=1e-10)
 
 
 def test_frechet_distance_of_float32_is_computed_in_float64():
     a, b = cloud(1, 80, 5).astype(np.float32), cloud(2, 60, 5).astype(np.float32)
-    expected = generation.frechet_distance(a.astype(np.float64), b.astype(np.float64))
-    assert generation.frechet_distance(a, b) == expected
+    expected = measures.frechet_distance(a.astype(np.float64), b.astype(np.float64))
+    assert measures.frechet_distance(a, b) == expected
 
 
 # Precision and recall
@@ -122,7 +124,7 @@ def by_the_definition(real, generated, k):
 @pytest.mark.parametrize(("k", "chunk_size"), [(1, 17), (3, 1), (3, 150), (5, 1000)])
 def test_precision_and_recall_are_the_definition_s(k, chunk_size):
     real, generated = RNG(0).normal(size=(150, 3)), 1.4 * RNG(1).normal(size=(90, 3)) + 1.0
-    result = generation.precision_and_recall(real, generated, k=k, chunk_size=chunk_size)
+    result = measures.precision_and_recall(real, generated, k=k, chunk_size=chunk_size)
     expected = by_the_definition(real, generated, k)
     assert tuple(result) == pytest.approx(expected, abs=1e-12)
     assert 0.0 < result.precision < 1.0
@@ -132,8 +134,8 @@ def test_precision_and_recall_are_the_definition_s(k, chunk_size):
 
 def test_three_neighbours_are_the_default():
     real, generated = RNG(0).normal(size=(150, 3)), 1.4 * RNG(1).normal(size=(90, 3))
-    assert generation.precision_and_recall(real, generated) == generation.precision_and_recall(real, generated, k=3)
-    assert generation.precision_and_recall(real, generated) != generation.precision_and_recall(real, generated, k=4)
+    assert measures.precision_and_recall(real, generated) == measures.precision_and_recall(real, generated, k=3)
+    assert measures.precision_and_recall(real, generated) != measures.precision_and_recall(real, generated, k=4)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e5])
@@ -141,41 +143,41 @@ def test_three_neighbours_are_the_default():
 def test_identical_sets(offset, repeats):
     """Repeated more often than k, each point has a ball of radius 0, and is in it."""
     points = np.repeat(RNG(0).normal(size=(60, 8)), repeats, axis=0) + offset
-    assert generation.precision_and_recall(points, RNG(1).permutation(points)) == (1.0, 1.0)
+    assert measures.precision_and_recall(points, RNG(1).permutation(points)) == (1.0, 1.0)
 
 
 def test_disjoint_sets():
     real = RNG(0).normal(size=(60, 8))
-    assert generation.precision_and_recall(real, RNG(1).normal(size=(70, 8)) + 100.0) == (0.0, 0.0)
+    assert measures.precision_and_recall(real, RNG(1).normal(size=(70, 8)) + 100.0) == (0.0, 0.0)
 
 
 def test_a_model_that_drops_half_of_the_data_has_precision_but_half_the_recall():
     """Two clusters far apart, of which only one is generated, by points of the set itself."""
     points = RNG(0).normal(size=(200, 4))
     real = np.concatenate([points[:100], points[100:] + 1000.0])
-    assert generation.precision_and_recall(real, real[:100]) == (1.0, 0.5)
-    assert generation.precision_and_recall(real[:100], real) == (0.5, 1.0)
+    assert measures.precision_and_recall(real, real[:100]) == (1.0, 0.5)
+    assert measures.precision_and_recall(real[:100], real) == (0.5, 1.0)
 
 
 def test_a_collapsed_model_has_precision_but_no_recall():
     real = RNG(0).normal(size=(100, 4))
     collapsed = np.repeat(real.mean(0, keepdims=True), 50, axis=0)
-    assert generation.precision_and_recall(real, collapsed, k=20) == (1.0, 0.0)
+    assert measures.precision_and_recall(real, collapsed, k=20) == (1.0, 0.0)
 
 
 def test_points_on_a_line_by_hand():
     """k = 1: the real balls are [-1, 1], [0, 2] and [1, 7]; the generated ones all have radius 1."""
     real, generated = np.array([[0.0], [1.0], [4.0]]), np.array([[7.5], [8.5], [20.0], [21.0]])
-    assert generation.precision_and_recall(real, generated, k=1) == (0.0, 0.0)
-    assert generation.precision_and_recall(real, generated - 0.6, k=1) == (0.25, 0.0), "6.9 is in the last ball"
-    assert generation.precision_and_recall(real, generated - 4.0, k=1) == (0.5, 1 / 3), "3.5 and 4.5 against 4"
+    assert measures.precision_and_recall(real, generated, k=1) == (0.0, 0.0)
+    assert measures.precision_and_recall(real, generated - 0.6, k=1) == (0.25, 0.0), "6.9 is in the last ball"
+    assert measures.precision_and_recall(real, generated - 4.0, k=1) == (0.5, 1 / 3), "3.5 and 4.5 against 4"
 
 
 def test_distances_never_lie_in_memory_at_once():
     """3,000 x 3,000 distances take 72 MB."""
     points = RNG(0).normal(size=(3000, 4))
     tracemalloc.start()
-    generation.precision_and_recall(points, points + 0.01, chunk_size=100)
+    measures.precision_and_recall(points, points + 0.01, chunk_size=100)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6
@@ -185,7 +187,7 @@ def test_distances_never_lie_in_memory_at_once():
 
 
 def distance(a, b, *, seed=0, **options):
-    return generation.sliced_wasserstein(jax.random.key(seed), a, b, **options)
+    return measures.sliced_wasserstein(jax.random.key(seed), a, b, **options)
 
 
 def by_linear_programming(a, b):
@@ -271,13 +273,13 @@ SET = np.ones((5, 2)) * np.arange(5.0)[:, None]
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: generation.frechet_distance(SET[:1], SET), "a set of 1 points is too small: give at least 2"),
-        (lambda: generation.frechet_distance(SET, SET[:0]), "a set of 0 points is too small"),
-        (lambda: generation.frechet_distance(SET, SET * np.nan), "all values must be finite"),
-        (lambda: generation.precision_and_recall(SET[:3], SET), "a set of 3 points is too small: give at least 4"),
-        (lambda: generation.precision_and_recall(SET, SET, k=5), "a set of 5 points is too small: give at least 6"),
-        (lambda: generation.precision_and_recall(SET, SET, k=0), "k must be at least 1"),
-        (lambda: generation.precision_and_recall(SET * np.inf, SET), "finite"),
+        (lambda: measures.frechet_distance(SET[:1], SET), "a set of 1 points is too small: give at least 2"),
+        (lambda: measures.frechet_distance(SET, SET[:0]), "a set of 0 points is too small"),
+        (lambda: measures.frechet_distance(SET, SET * np.nan), "all values must be finite"),
+        (lambda: measures.precision_and_recall(SET[:3], SET), "a set of 3 points is too small: give at least 4"),
+        (lambda: measures.precision_and_recall(SET, SET, k=5), "a set of 5 points is too small: give at least 6"),
+        (lambda: measures.precision_and_recall(SET, SET, k=0), "k must be at least 1"),
+        (lambda: measures.precision_and_recall(SET * np.inf, SET), "finite"),
         (lambda: distance(SET[:0], SET), "a set of 0 points is too small"),
         (lambda: distance(SET, SET * np.nan), "finite"),
         (lambda: distance(SET, SET, num_directions=0), "num_directions must be at least 1"),
@@ -287,3 +289,47 @@ SET = np.ones((5, 2)) * np.arange(5.0)[:, None]
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Images
+
+
+def test_laplacian_energy_is_scipys_on_the_interior():
+    images = np.random.default_rng(0).normal(size=(3, 7, 9, 2))
+    expected = [np.mean([ndimage.laplace(image[..., c])[1:-1, 1:-1] ** 2 for c in range(2)]) for image in images]
+    np.testing.assert_allclose(measures.laplacian_energy(jnp.float32(images)), expected, rtol=1e-5)
+
+
+def test_laplacian_energy_grows_with_noise_and_frequency():
+    rows, columns = np.meshgrid(np.arange(64.0), np.arange(64.0), indexing="ij")
+    plane = jnp.float32(0.1 * rows - 0.2 * columns + 3.0)[None, :, :, None]
+    np.testing.assert_allclose(measures.laplacian_energy(plane), 0.0, atol=1e-9)
+    noise = jax.random.normal(jax.random.key(0), (50, 64, 64, 1))
+    np.testing.assert_allclose(measures.laplacian_energy(0.1 * noise).mean(), 20.0 * 0.01, rtol=0.02)
+    for frequency in (1, 4, 16):
+        wave = np.cos(2.0 * np.pi * frequency * columns / 64)
+        energy = (2.0 * np.cos(2.0 * np.pi * frequency / 64) - 2.0) ** 2 * np.mean(wave[:, 1:-1] ** 2)
+        np.testing.assert_allclose(measures.laplacian_energy(jnp.float32(wave)[None, :, :, None]), [energy], rtol=1e-3)
+    with pytest.raises(ValueError, match="3 x 3"):
+        measures.laplacian_energy(jnp.zeros((1, 2, 9, 1)))
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    sharpness, rng = jax.jit(measures.sharpness), np.random.default_rng(0)
+    originals = rng.uniform(size=(8, 16, 16, 1)).astype(np.float32)
+    blurs = [ndimage.gaussian_filter(originals, (0, width, width, 0)) for width in (0.4, 0.8, 1.6)]
+    ratios = [float(sharpness(images, originals)) for images in [originals, *blurs]]
+    assert ratios[0] == 1.0
+    assert all(more > 1.5 * less for more, less in itertools.pairwise(ratios))
+    noisy = originals + np.std(originals) * rng.normal(size=originals.shape).astype(np.float32)
+    # White noise on white noise of the same variance.
+    np.testing.assert_allclose(sharpness(noisy, originals), 2.0, rtol=0.1)
+    np.testing.assert_allclose(sharpness(0.5 * originals, originals), 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.3])
+def test_sample_noise_is_sigma(sigma):
+    means = jnp.float32(RNG(0).uniform(size=(500, 6, 6, 1)))
+    samples = likelihoods.fixed(sigma).sample(jax.random.key(0), likelihoods.fixed(sigma).init(), means[..., None])
+    np.testing.assert_allclose(measures.sample_noise(samples, means), sigma, rtol=4.0 / np.sqrt(2.0 * means.size))
+    np.testing.assert_allclose(measures.sample_noise(means, means), 0.0)

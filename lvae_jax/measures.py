@@ -1,12 +1,14 @@
-"""How well generated data match real data: distances between two sets of points or features, [N, D] and [M, D].
+"""How well generated data match real data: distances between two sets of points or features, [N, D] and [M, D], and
+the sharpness and the noise of images.
 
-All of it runs on the host, in float64. For images the points are features, and every number is one of these features:
+Distances run on the host, in float64. For images the points are features, and every number is one of these features:
 none of those here is an FID unless the features are Inception's.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -128,3 +130,30 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     # Where points coincide, rounding leaves less than this, of either sign.
     squares[squares <= 4.0 * a.shape[1] * np.finfo(np.float64).eps * scale] = 0.0
     return squares
+
+
+def laplacian_energy(images: Float[Array, "B H W C"]) -> Float[Array, " B"]:
+    """The mean square of the discrete Laplacian, four neighbours less four times the pixel, over the interior pixels:
+    how much fine detail an image has, in squared units of the data.
+
+    Raises:
+      ValueError: the images have no interior.
+    """
+    if min(images.shape[1:3]) < 3:
+        raise ValueError(f"images must have at least 3 x 3 pixels, got {images.shape[1]} x {images.shape[2]}")
+    centre = images[:, 1:-1, 1:-1]
+    vertical = images[:, :-2, 1:-1] + images[:, 2:, 1:-1]
+    horizontal = images[:, 1:-1, :-2] + images[:, 1:-1, 2:]
+    return jnp.mean((vertical + horizontal - 4.0 * centre) ** 2, axis=(1, 2, 3))
+
+
+def sharpness(images: Float[Array, "B H W C"], originals: Float[Array, "N H W C"]) -> Float[Array, ""]:
+    """The mean Laplacian energy of images, such as reconstructions or samples, by that of originals: 1 if they are as
+    sharp, below if blurred, above if noisy."""
+    return jnp.mean(laplacian_energy(images)) / jnp.mean(laplacian_energy(originals))
+
+
+def sample_noise(samples: Float[Array, "B *S"], means: Float[Array, "B *S"]) -> Float[Array, ""]:
+    """How noisy samples of p(x|z) look beside their means (Figs. 13-18): the root mean square distance, in units of the
+    data."""
+    return jnp.sqrt(jnp.mean((samples - means) ** 2))
