@@ -12,8 +12,9 @@ from jaxtyping import Float
 from scipy import stats
 
 from experiments import statistics
-from experiments.report import VARIANTS, by_row
+from experiments.report import by_row
 from experiments.statistics import Paired
+from experiments.variants import VARIANTS
 from lvae_jax import evaluation
 
 IMAGES = ("digits", "mnist", "celeb_a")  # trained by densities, as in the paper
@@ -95,7 +96,7 @@ class Ordering(NamedTuple):
 
 
 def title(variant: str, sigma: float | None = None) -> str:
-    return VARIANTS[variant] + (f" at {sigma:g}" if sigma is not None else "")
+    return VARIANTS[variant].title + (f" at {sigma:g}" if sigma is not None else "")
 
 
 def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]:

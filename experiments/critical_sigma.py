@@ -22,6 +22,7 @@ import tqdm
 from absl import flags
 
 from experiments import command, loop
+from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
 
 CHUNK = 1000
@@ -87,7 +88,7 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
             f"--compare={path}: its ELBOs are not of the data's density, run its command without --discretise and "
             "--dequantize"
         )
-    rows = [row for row in summary["rows"] if row["variant"] == "f"]
+    rows = [row for row in summary["rows"] if VARIANTS[row["variant"]].swept]
     if not rows:
         raise command.UsageError(f"--compare={path}: has no F-VAE, run its command with f in --variants")
     return [

@@ -25,13 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, report, sigma_sweep
-from lvae_jax import datasets, figures, runs, training
+from experiments import command, sweep
+from experiments.variants import VARIANTS
+from lvae_jax import datasets, figures, runs
 from lvae_jax import vae as vae_lib
 
 NUM_PATHS = 8
@@ -58,7 +58,7 @@ def run(
     """
     path = Path(run_dir).expanduser()
     folder = Path(out).expanduser() if out else path / "generated"
-    config, summary = read_run(path)
+    config, summary = sweep.read_run(path)
     shape = tuple(summary["shape"])
     if num_samples < 1:
         raise command.UsageError(f"--num_samples={num_samples}: must be at least 1")
@@ -68,7 +68,7 @@ def run(
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
     given = read_images(images, shape, levels=levels) if images else None
     groups = {member["group"]: member["variant"] for member in members}
-    weights = {group: restore(path, config, group, variant, shape) for group, variant in groups.items()}
+    weights = {group: sweep.restore(path, config, group, variant, shape) for group, variant in groups.items()}
     record = {
         "run": str(path.resolve()),
         "shape": list(shape),
@@ -82,37 +82,19 @@ def run(
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
+    vaes = {variant: sweep.trained_vae(config, variant, shape) for variant in groups.values()}
     programs = {
-        variant: jax.jit(functools.partial(pictures, vae=make_vae(config, variant, shape), num_samples=num_samples))
-        for variant in groups.values()
+        variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
     }
     for member, name in zip(members, record["files"], strict=True):
         params = jax.tree.map(lambda leaf, index=member["member"]: leaf[index], weights[member["group"]])
         arrays = jax.device_get(programs[member["variant"]](key, params=params, x=x))
         runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))
-        title = f"{sigma_sweep.VARIANTS[member['variant']]}, sigma = {member['sigma']:.3g}, seed {member['seed']}"
+        title = f"{VARIANTS[member['variant']].title}, sigma = {member['sigma']:.3g}, seed {member['seed']}"
         figure = figures.gallery(title, panels(arrays, shape), unit=summary["unit"])
         runs.replace(folder / f"{name}.png", functools.partial(figure.savefig, dpi=120))
         echo(f"{title}: {folder / name}.npz and .png")
     return record
-
-
-def read_run(path: Path) -> tuple[sigma_sweep.Config, dict[str, Any]]:
-    """The config and the summary of a finished run of `sigma_sweep`.
-
-    Raises:
-      runs.RunError: there is none in `path`.
-    """
-    recorded = runs.read_flags(path, defaults=sigma_sweep.Config._field_defaults)
-    if recorded.keys() != set(sigma_sweep.Config._fields):
-        raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
-    if not (path / "summary.json").exists():
-        raise runs.RunError(f"{path} holds an unfinished run: repeat its command, which finishes it")
-    summary = runs.read_json(path / "summary.json")
-    if not {"members", "shape", "unit"} <= summary.keys():
-        raise runs.RunError(f"{path / 'summary.json'} is of an older version: repeat the run in another --run_dir")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
-    return sigma_sweep.Config._make(values[name] for name in sigma_sweep.Config._fields), summary
 
 
 def choose(
@@ -124,7 +106,8 @@ def choose(
     Raises:
       command.UsageError: one of them is not in the run.
     """
-    f_sigmas = [member["sigma"] for member in members if member["variant"] == "f"]
+    swept = [name for name, variant in VARIANTS.items() if variant.swept]
+    f_sigmas = [member["sigma"] for member in members if member["variant"] in swept]
     for name, asked, there in (
         ("variant", variants, [member["variant"] for member in members]),
         ("sigma", sigmas, f_sigmas),
@@ -134,15 +117,17 @@ def choose(
             if value not in there:
                 known = ", ".join(map(str, dict.fromkeys(there))) or "no F-VAE"
                 raise command.UsageError(f"--{name}={value} is not in the run, which has {known}")
-    if sigmas and variants and "f" not in variants:
-        raise command.UsageError(f"--sigma chooses among F-VAEs: leave it out, or add f to --variant={variants[0]}")
-    variants = variants or (["f"] if sigmas else list(sigma_sweep.VARIANTS))
+    if sigmas and variants and not set(swept) & set(variants):
+        raise command.UsageError(
+            f"--sigma chooses among F-VAEs: leave it out, or add {swept[0]} to --variant={variants[0]}"
+        )
+    variants = variants or (swept if sigmas else list(VARIANTS))
     return [
         member
         for member in members
         if member["variant"] in variants
         and member["seed"] in seeds
-        and (not sigmas or member["variant"] != "f" or member["sigma"] in sigmas)
+        and (not sigmas or member["variant"] not in swept or member["sigma"] in sigmas)
     ]
 
 
@@ -214,36 +199,6 @@ def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     return points
 
 
-def make_vae(config: sigma_sweep.Config, variant: str, shape: tuple[int, ...]) -> vae_lib.VAE:
-    """The model of a variant in this run, for any sigma: that of a trained member is in its parameters."""
-    sigma = jnp.ones(config.num_steps + 1) if variant in report.SCHEDULED else 1.0
-    return sigma_sweep.model(config, variant, shape)(sigma)
-
-
-def restore(path: Path, config: sigma_sweep.Config, name: str, variant: str, shape: tuple[int, ...]) -> vae_lib.Params:
-    """The trained weights of the M members of the group `name`, leaves [M, ...].
-
-    Raises:
-      runs.RunError: the checkpoint is missing, damaged, or of another shape or version.
-    """
-    if not (path / "checkpoints" / name).exists():
-        raise runs.RunError(f"{path / 'checkpoints' / name} is missing: give the directory of a whole run")
-    unknown = np.ones((config.num_seeds, config.num_steps + 1))
-    groups = sigma_sweep.groups(config, variant, unknown, alone=len(shape) == 3)
-    group = next(group for group in groups if group.name == name)
-    init = functools.partial(
-        training.members_init,
-        make_vae=lambda sigma: make_vae(config, variant, shape),
-        optimizer=optax.identity(),  # of whose state a finished run keeps nothing
-    )
-    record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)
-    with runs.Checkpoints(path, name) as checkpoints:
-        if checkpoints.step is None:
-            raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
-        states, _ = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas).finished(), record))
-    return states.weights
-
-
 def claim(folder: Path, record: dict[str, Any]) -> None:
     """Writes generated.json into a new or empty folder; one with the same record is used again.
 
@@ -262,7 +217,7 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
 
 def file_name(member: dict[str, Any]) -> str:
     """Of a member's files, without their endings."""
-    sigma = f"-{member['sigma']}" if member["variant"] == "f" else ""
+    sigma = f"-{member['sigma']}" if VARIANTS[member["variant"]].swept else ""
     return f"{member['variant']}{sigma}-seed{member['seed']}"
 
 

@@ -16,7 +16,7 @@ import PIL.Image
 
 from experiments import claims
 from experiments.claims import Claim, Ordering, Part
-from experiments.report import VARIANTS
+from experiments.variants import VARIANTS
 
 TOY_FIGURES = {
     "samples": "Figs. 4, 6 and 7: reconstructions over data, and generated points with their means, one seed.",
@@ -241,9 +241,9 @@ def rows_of(part: Part) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]
     """The rows of a sweep: title, row, members."""
     return [
         (
-            literal(VARIANTS[row["variant"]]),
+            literal(VARIANTS[row["variant"]].title),
             row,
-            part.members(row["variant"], row["sigma"] if row["variant"] == "f" else None),
+            part.members(row["variant"], row["sigma"] if VARIANTS[row["variant"]].swept else None),
         )
         for row in part.summary["rows"]
     ]

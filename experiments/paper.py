@@ -24,19 +24,19 @@ from typing import Any
 
 from absl import flags
 
-from experiments import claims, command, hypersphere, page, quality, sigma_sweep
+from experiments import claims, command, hypersphere, page, quality, sigma_sweep, sweep
 from experiments.claims import Claim, Part
 from lvae_jax import runs
 
-Config = hypersphere.Config | sigma_sweep.Config
+Config = hypersphere.Config | sweep.Config
 
-TOY = sigma_sweep.configure(
+TOY = sweep.configure(
     sigma=(1.0, 0.3, 0.1, 0.03, 0.01),
     variants=("f", "ls", "lv", "optimal", "f_star", "replay", "geometric", "kl_warmup"),
     num_seeds=10,
 )
 # By plain Adam, one constant rate for all parameters: is it our optimiser that shapes sigma(t)?
-TOY_PLAIN = sigma_sweep.configure(variants=("ls",), decay=False, sigma_rate=1.0, num_seeds=10)
+TOY_PLAIN = sweep.configure(variants=("ls",), decay=False, sigma_rate=1.0, num_seeds=10)
 # By densities, at sigma^2 = 1/2, the usual sum of squares; and by probabilities.
 IMAGES: dict[str, Any] = {
     "sigma": (0.7071,),
@@ -51,26 +51,26 @@ SCALES: dict[str, dict[str, Config]] = {
         "sphere": hypersphere.Config(dims=(3,), sigma=(0.5, 1.3), num_seeds=1, num_steps=20),
         "toy": TOY._replace(sigma=(1.0, 0.1), num_steps=20, widths=(8,), **SMALL),
         "toy_plain": TOY_PLAIN._replace(num_steps=20, widths=(8,), **SMALL),
-        "digits": sigma_sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **IMAGES),
-        "digits_codes": sigma_sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **CODES),
+        "digits": sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **IMAGES),
+        "digits_codes": sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **CODES),
     },
     "cpu": {
         "sphere": hypersphere.Config(),
         "toy": TOY,
         "toy_plain": TOY_PLAIN,
-        "digits": sigma_sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
-        "digits_codes": sigma_sweep.configure(dataset="digits", num_seeds=10, **CODES),
-        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
+        "digits": sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
+        "digits_codes": sweep.configure(dataset="digits", num_seeds=10, **CODES),
+        "mnist": sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
     },
     "full": {
         "sphere": hypersphere.Config(num_seeds=10, num_steps=6000),
         "toy": TOY,
         "toy_plain": TOY_PLAIN,
-        "digits": sigma_sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
-        "digits_codes": sigma_sweep.configure(dataset="digits", num_seeds=10, **CODES),
-        "mnist": sigma_sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **IMAGES),
-        "mnist_codes": sigma_sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **CODES),
-        "celeb_a": sigma_sweep.configure(dataset="celeb_a", num_seeds=10, num_steps=325_600, **IMAGES),
+        "digits": sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
+        "digits_codes": sweep.configure(dataset="digits", num_seeds=10, **CODES),
+        "mnist": sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **IMAGES),
+        "mnist_codes": sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **CODES),
+        "celeb_a": sweep.configure(dataset="celeb_a", num_seeds=10, num_steps=325_600, **IMAGES),
     },
 }
 PARTS = tuple(SCALES["full"])
@@ -137,10 +137,10 @@ def command_line(config: Config) -> str:
     if isinstance(config, hypersphere.Config):
         name, defaults = "hypersphere", hypersphere.Config()._asdict()
     else:
-        named = sigma_sweep.configure(dataset=config.dataset, dequantize=config.dequantize)
-        same_kind = sigma_sweep.configure(dataset=config.dataset, discretise=config.discretise)
+        named = sweep.configure(dataset=config.dataset, dequantize=config.dequantize)
+        same_kind = sweep.configure(dataset=config.dataset, discretise=config.discretise)
         name, defaults = "sigma_sweep", same_kind._asdict()
-        defaults |= {"dataset": sigma_sweep.Config().dataset, "discretise": named.discretise}
+        defaults |= {"dataset": sweep.Config().dataset, "discretise": named.discretise}
 
     def flag(key: str, value: Any) -> str:
         if key == "discretise" and not value:

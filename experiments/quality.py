@@ -23,7 +23,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from experiments import command, generate, report, sigma_sweep
+from experiments import command, report, sweep
 from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
 
@@ -141,7 +141,7 @@ def run(
     if classifier_steps < 1:
         raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
     path = Path(run_dir).expanduser()
-    config, summary = generate.read_run(path)
+    config, summary = sweep.read_run(path)
     if config.dataset == "toy" or config.fake_data:
         what = "of the toy" if config.dataset == "toy" else "with --fake_data"
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
@@ -157,7 +157,7 @@ def run(
         return quality
     places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir}
     train_labels, test_labels = datasets.labels(config.dataset, **places)
-    dataset = datasets.load(config.dataset, **sigma_sweep.data_options(config), **places)
+    dataset = datasets.load(config.dataset, **sweep.data_options(config), **places)
     drawn = generators(path, config, summary)
 
     to_float = functools.partial(datasets.to_float, levels=dataset.levels)
@@ -190,9 +190,7 @@ def run(
     return quality
 
 
-def generators(
-    path: Path, config: sigma_sweep.Config, summary: dict[str, Any]
-) -> dict[str, Callable[[int], Generated]]:
+def generators(path: Path, config: sweep.Config, summary: dict[str, Any]) -> dict[str, Callable[[int], Generated]]:
     """For each trained member of the run, by the name of its group, a function of N that draws N samples x ~ p(x|z),
     z ~ p(z), and gives them with the means of p(x|z).
 
@@ -202,11 +200,11 @@ def generators(
     shape = tuple(summary["shape"])
 
     def program(variant: str) -> Callable[..., tuple[Array, ...]]:
-        vae = generate.make_vae(config, variant, shape)
+        vae = sweep.trained_vae(config, variant, shape)
         return jax.jit(lambda key, params: vae_lib.generate(key, vae, params, num_samples=CHUNK)[:2])
 
     def generator(draw: Callable[..., tuple[Array, ...]], member: dict[str, Any]) -> Callable[[int], Generated]:
-        weights = generate.restore(path, config, member["group"], member["variant"], shape)
+        weights = sweep.restore(path, config, member["group"], member["variant"], shape)
         params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
         key = jax.random.fold_in(jax.random.key(member["seed"]), 6)
 

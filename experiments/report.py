@@ -10,34 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs, toy
 
-VARIANTS = {
-    "f": "F-VAE",
-    "ls": "LS-VAE",
-    "lv": "LV-VAE",
-    "optimal": "sigma-VAE",
-    "f_star": "F*-VAE",
-    "replay": "replayed F-VAE",
-    "geometric": "annealed F-VAE",
-    "kl_warmup": "F*-VAE, KL warm-up",
-    "learned_map": "learned-map VAE",
-    "lv_star": "LV*-VAE",
-    "logistic": "logistic VAE",
-    "mixture": "mixture VAE",
-}
-COLOURS = dict(zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=False))  # one for a variant in all figures
-FOLLOWING = ("f_star", "replay", "geometric", "kl_warmup", "lv_star")  # start from the LS-VAE of the same seed
-SCHEDULED = ("replay", "geometric")  # have a sigma for each step
-CONSTANT = ("f", "f_star", "kl_warmup")  # have one sigma
-VARYING = ("lv", "learned_map", "lv_star", "logistic", "mixture")  # have a sigma for each dimension
+# One colour for a variant in all figures.
+COLOURS = dict(zip((variant.title for variant in VARIANTS.values()), figures.MODEL_COLOURS, strict=False))
 
 
 def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Members by the title of their row: seeds are pooled, and F-VAEs told apart by their sigma."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for member in members:
-        title = VARIANTS[member["variant"]] + (f", sigma = {member['sigma']}" if member["variant"] == "f" else "")
+        variant = VARIANTS[member["variant"]]
+        title = variant.title + (f", sigma = {member['sigma']}" if variant.swept else "")
         rows.setdefault(title, []).append(member)
     return rows
 
@@ -52,7 +37,7 @@ def row(
     mean = {name: float(np.mean([member[name] for member in members])) for name in numbers if name != "member"}
     result = mean | {
         "variant": members[0]["variant"],
-        "sigma": members[0]["sigma"] if members[0]["variant"] == "f" else mean["sigma"],  # exact, where it is one flag
+        "sigma": members[0]["sigma"] if VARIANTS[members[0]["variant"]].swept else mean["sigma"],  # exact, if a flag
         "num_seeds": len(members),
         "elbo_sd": float(np.std(elbos, ddof=1)) if len(members) > 1 else 0.0,
     }
@@ -90,7 +75,7 @@ def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> Non
     number, the part of it that this sigma imposes on any networks, an interval."""
     for row in rows:
         row["gap"] = test_log_prob - row["elbo"]
-        if row["variant"] not in VARYING:
+        if VARIANTS[row["variant"]].sigma is not Sigma.MAP:
             low, high = toy.best_elbo(row["sigma"])
             row["best_elbo"] = [low, high]
             row["sigma_gap"] = [-toy.entropy() - high, -toy.entropy() - low]
@@ -99,7 +84,7 @@ def add_toys_limits(rows: Sequence[dict[str, Any]], test_log_prob: float) -> Non
 def line(title: str, row: Mapping[str, Any]) -> str:
     """A row in one line, for those who wait for the table."""
     cells = _cells(row)
-    sigma = "" if row["variant"] == "f" else f", sigma = {cells['sigma']}"
+    sigma = "" if VARIANTS[row["variant"]].swept else f", sigma = {cells['sigma']}"
     return f"{title}{sigma}: ELBO {cells['ELBO [nats]'].strip()} nats, KL {cells['KL']}; {row['diagnosis']}"
 
 
@@ -121,7 +106,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     cells = {
-        "": VARIANTS[row["variant"]],
+        "": VARIANTS[row["variant"]].title,
         "sigma": f"{row['sigma']:.4g}",
         "best sigma": f"{row['best_sigma']:.4g}",
         "ELBO [nats]": f"{row['elbo']:.4f}" + (f" +- {row['elbo_sd']:<6.4f}" if row["num_seeds"] > 1 else ""),
@@ -215,7 +200,7 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
     learned = {
         title: curve
         for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
-        if part[0]["variant"] not in CONSTANT
+        if VARIANTS[part[0]["variant"]].sigma is not Sigma.CONSTANT
     }
     draw_panels = figures.image_panels if len(summary["shape"]) == 3 else figures.plane_panels
     colours = COLOURS if learned else None  # where all models are F-VAEs, colours tell their sigmas apart
@@ -231,11 +216,11 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
 
 def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
     columns: dict[str, dict[str, np.ndarray]] = {}
-    varying = [VARIANTS[variant] for variant in VARYING]
-    for variant, title in VARIANTS.items():
-        part = [member for member in summary["members"] if member["variant"] == variant]
+    maps = [variant.title for variant in VARIANTS.values() if variant.sigma is Sigma.MAP]
+    for name, variant in VARIANTS.items():
+        part = [member for member in summary["members"] if member["variant"] == name]
         if part:
-            columns[title] = {
+            columns[variant.title] = {
                 name: np.array([member[name] for member in part]) for name in ("sigma", "elbo", "mse", "kl")
             }
     sigmas = np.concatenate([column["sigma"] for column in columns.values()])
@@ -248,12 +233,12 @@ def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
             ]
         )
         for title, column in columns.items()
-        if title not in varying and summary["kind"] != "discretised"
+        if title not in maps and summary["kind"] != "discretised"
     }
     limited = sorted({(row["sigma"], row["best_elbo"][1]) for row in summary["rows"] if "best_elbo" in row})
     return figures.elbo_against_sigma(
-        {title: (column["sigma"], column["elbo"]) for title, column in columns.items() if title not in varying},
-        {title: column["elbo"] for title, column in columns.items() if title in {VARIANTS["ls"], *varying}},
+        {title: (column["sigma"], column["elbo"]) for title, column in columns.items() if title not in maps},
+        {title: column["elbo"] for title, column in columns.items() if title in {VARIANTS[LEADER].title, *maps}},
         reused=(grid, reused),
         limits=np.array(limited).reshape(-1, 2).T,
         bound=-summary["entropy"] if "entropy" in summary else None,

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,102 +21,33 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, loop, report
-from experiments.report import CONSTANT, FOLLOWING, SCHEDULED, VARIANTS, VARYING
+from experiments import command, loop, report, sweep
+from experiments.sweep import (
+    BALANCED,
+    CELEBA_DEFAULTS,
+    DENSITY_DEFAULTS,
+    PROBABILITY_DEFAULTS,
+    RAMP,
+    Config,
+    configure,
+    data_options,
+)
+from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
 from lvae_jax import (
     celeba,
     datasets,
     diagnostics,
     evaluation,
     figures,
-    likelihoods,
     measures,
-    networks,
     runs,
     toy,
     training,
 )
 from lvae_jax import vae as vae_lib
-from lvae_jax.likelihoods import Schedule
 
 NUM_EVIDENCE_EXAMPLES = 1000
-BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
-RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
 EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
-TWINS = {"f_star": "f", "geometric": "replay"}  # the same model with other sigmas: one program serves both
-
-
-class Config(NamedTuple):
-    """What a sweep computes. A field's default is what was done before it existed, so that old runs keep their meaning;
-    `configure` knows the defaults of today."""
-
-    sigma: tuple[float, ...] = (0.1,)
-    variants: tuple[str, ...] = ("f", "ls", "lv")
-    dataset: str = "toy"
-    num_seeds: int = 3
-    seed: int = 0
-    num_steps: int = 3000
-    batch_size: int = 100
-    latent_size: int = 2
-    widths: tuple[int, ...] = (200,)
-    num_blocks: int = 4
-    bfloat16: bool = False
-    gain: float = 0.03
-    balance: float = 0.0
-    warm_start: float = 0.0
-    num_components: int = 5
-    beta: float = 1.0
-    learning_rate: float = 2e-3
-    decay: bool = True
-    sigma_rate: float = 10.0
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
-    ema_decay: float = 0.0
-    sigma_from: str | None = None
-    num_importance_samples: int = 0
-    evidence: bool = False
-    image_size: int | None = None
-    levels: int | None = None
-    flip: bool = False
-    dequantize: bool = False
-    discretise: bool = False
-    fake_data: bool = False
-    celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
-
-
-# What keeps the LV-VAE from explaining data by variance. Densities tempt it more than probabilities do.
-DENSITY_DEFAULTS: dict[str, Any] = {"balance": 0.7, "warm_start": 0.4}
-PROBABILITY_DEFAULTS: dict[str, Any] = {"warm_start": 0.2}
-TOY_DEFAULTS: dict[str, Any] = {"gain": 1.0}
-# The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
-IMAGE_DEFAULTS: dict[str, Any] = TOY_DEFAULTS | {
-    "num_steps": 600,
-    "latent_size": 256,
-    "widths": (32, 64, 64),
-    "num_blocks": 4,
-    "discretise": True,
-}
-DIGITS_NETWORK = {"latent_size": 16, "widths": (16, 32), "num_blocks": 1}
-DIGITS_DEFAULTS = IMAGE_DEFAULTS | DIGITS_NETWORK | {"num_steps": 1500}
-CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
-CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
-
-
-def configure(**options: Any) -> Config:
-    """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
-    probabilities."""
-    given = {name: value for name, value in options.items() if value is not None}
-    name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
-    defaults = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
-    if given.get("dequantize"):
-        defaults = defaults | {"discretise": False}
-    values = defaults | given
-    return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
-
-
-def data_options(config: Config) -> dict[str, Any]:
-    """The fields that `datasets.load` takes."""
-    return {name: getattr(config, name) for name in ("image_size", "levels", "flip", "dequantize", "fake_data")}
 
 
 def run(
@@ -164,16 +95,22 @@ def check(config: Config, **places: Any) -> None:
     unknown = [variant for variant in config.variants if variant not in VARIANTS]
     if unknown:
         raise command.UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
-    needing = [variant for variant in FOLLOWING if variant in config.variants]
-    if needing and "ls" not in config.variants and config.sigma_from is None:
+    followers = [variant for variant in FOLLOWERS if variant in config.variants]
+    leads = LEADER in config.variants
+    if followers and not leads and config.sigma_from is None:
         raise command.UsageError(
-            f"--variants={needing[0]} takes its sigma from LS runs: add ls to --variants, or give --sigma_from=RUN_DIR"
+            f"--variants={followers[0]} takes its sigma from LS runs: add {LEADER} to --variants, or give "
+            "--sigma_from=RUN_DIR"
         )
-    if "lv_star" in config.variants and "ls" not in config.variants:
-        raise command.UsageError("--variants=lv_star takes its encoder and its mean from LS runs: add ls to --variants")
-    if config.sigma_from is not None and (not needing or "ls" in config.variants):
+    for variant in followers:
+        if VARIANTS[variant].after_leader and not leads:
+            raise command.UsageError(
+                f"--variants={variant} takes its encoder and its mean from LS runs: add {LEADER} to --variants"
+            )
+    if config.sigma_from is not None and (not followers or leads):
         raise command.UsageError(
-            f"--sigma_from serves {', '.join(FOLLOWING)} in place of ls: name one of those in --variants, not ls"
+            f"--sigma_from serves {', '.join(FOLLOWERS)} in place of {LEADER}: name one of those in --variants, not "
+            f"{LEADER}"
         )
     if not (0.0 <= config.beta < math.inf):
         raise command.UsageError(f"--beta={config.beta:g}: must be a number from 0 on")
@@ -218,7 +155,7 @@ def check(config: Config, **places: Any) -> None:
         )
 
 
-def imported_record(config: Config, path: Path) -> np.ndarray | None:
+def imported_record(config: Config, path: Path) -> Record | None:
     """sigma(t) of the LS runs in --sigma_from, [num_seeds, T + 1], or None without that flag; a run keeps its copy.
 
     Raises:
@@ -233,7 +170,7 @@ def imported_record(config: Config, path: Path) -> np.ndarray | None:
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
         theirs = runs.read_flags(source, defaults=config._field_defaults)
         names = ["dataset", *data_options(config), "celeba_files", "discretise", "seed", "num_seeds"]
-        names += ["num_steps"] if set(SCHEDULED) & set(config.variants) else []
+        names += ["num_steps"] if any(VARIANTS[v].sigma is Sigma.SCHEDULED for v in config.variants) else []
         for name in names:
             if theirs.get(name) != getattr(config, name):
                 raise command.UsageError(
@@ -249,117 +186,8 @@ def imported_record(config: Config, path: Path) -> np.ndarray | None:
         ) from None
 
 
-def make_vae(
-    variant: str,
-    shape: tuple[int, ...],
-    latent_size: int,
-    sigma: Any,
-    *,
-    gain: float = 1.0,
-    balance: Schedule | None = None,
-    ramp: Schedule | None = None,
-    num_components: int = 5,
-    levels: int | None = 256,
-    discretise: bool = False,
-    **network: Any,
-) -> vae_lib.VAE:
-    """The paper's networks for data of this shape, under the variant's observation model.
-
-    `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
-    `num_components` are those of `likelihoods.learned_vector` and `mixture`. `levels` is the number of grey levels of
-    images, on which no learned sigma goes below the noise of quantisation; None for points. `network` are options of
-    both networks.
-    """
-    images = len(shape) == 3
-    floor: dict[str, Any] = {}
-    if images and levels is not None:
-        floor = {"floor": likelihoods.quantisation_noise(levels)}
-    vector: dict[str, Any] = {"gain": gain, "balance": balance, "ramp": ramp}
-    options: dict[str, Any] = {
-        "lv": vector,
-        "logistic": vector,
-        "mixture": {"gain": gain, "num_components": num_components},
-    }
-    if variant in CONSTANT:
-        likelihood = likelihoods.fixed(sigma)
-    elif variant in SCHEDULED:
-        likelihood = likelihoods.fixed(likelihoods.replay(sigma))
-    elif variant == "learned_map":
-        likelihood = likelihoods.learned_map(shape, sigma, **floor)
-    elif variant == "lv_star":
-        # With a ramp, even a constant one, the LS-VAE's sigma is a parameter, which checkpoints keep.
-        likelihood = likelihoods.learned_vector(sigma, gain=gain, ramp=likelihoods.constant(1.0), **floor)
-    else:
-        likelihood = likelihoods.HEADS[variant](sigma, **options.get(variant, {}), **floor)
-    if discretise and levels is not None:
-        likelihood = likelihoods.discretised(likelihood, levels=levels)
-    encoder = (networks.conv_encoder if images else networks.mlp_encoder)(shape, latent_size, **network)
-    make_decoder = networks.conv_decoder if images else networks.mlp_decoder
-    decoder = make_decoder(shape, likelihood.outputs, latent_size, **network)
-    if variant == "lv_star":  # the networks of an LS-VAE, beside one for log sigma
-        one = make_decoder(shape, 1, latent_size, **network)
-        encoder, decoder = networks.frozen(encoder), networks.side_by_side(networks.frozen(one), one)
-    return vae_lib.VAE(encoder, decoder, likelihood, latent_size)
-
-
-def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
-    """What makes the variant's model of the config, for data of this shape, of its sigma."""
-    network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
-    network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
-    levels = datasets.grey_levels(config.dataset, levels=config.levels)
-    names = ("gain", "num_components", "discretise")
-    head: dict[str, Any] = {name: getattr(config, name) for name in names} | {"levels": levels}
-    if config.balance:
-        begin = round(BALANCED * config.num_steps)
-        head["balance"] = optax.linear_schedule(config.balance, 0.0, max(1, config.num_steps - begin), begin)
-    if config.warm_start:
-        begin = round(config.warm_start * config.num_steps)
-        head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
-    return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
-
-
-def groups(
-    config: Config, variant: str, record: np.ndarray | None, *, alone: bool, ls: vae_lib.Params | None = None
-) -> list[loop.Group]:
-    """The sweep members of a variant, all together or each alone; for f, they are every sigma with every seed.
-
-    `record` is sigma(t) of LS runs, [num_seeds, T + 1], which those that follow them need. geometric decays, over the
-    first half of the steps, from their first sigma to their last. `ls` are the trained params of the LS runs, leaves
-    [num_seeds, ...], with which lv_star begins.
-    """
-    seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
-    sigmas = np.ones(config.num_seeds)
-    if variant == "f":
-        sigmas, seeds = np.repeat(config.sigma, config.num_seeds), np.tile(seeds, len(config.sigma))
-    elif variant in FOLLOWING:
-        assert record is not None, "checked before"
-        sigmas = record if variant == "replay" else record[:, -1]
-        if variant == "geometric":
-            progress = np.minimum(np.arange(config.num_steps + 1) / half_way(config), 1.0)
-            sigmas = record[:, :1] * (record[:, -1:] / record[:, :1]) ** progress
-
-    def group(name: str, part: slice) -> loop.Group:
-        def begin(params: vae_lib.Params) -> vae_lib.Params:
-            taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), ls)
-            return params | {
-                "encoder": taken["encoder"],
-                "decoder": params["decoder"] | {"first": taken["decoder"]},
-            }
-
-        return loop.Group(name, seeds[part], sigmas[part], begin if ls is not None else None)
-
-    if not alone:
-        return [group(variant, slice(None))]
-    return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
-
-
-def half_way(config: Config) -> int:
-    """The step at which geometric and kl_warmup have gone all their way."""
-    return max(1, config.num_steps // 2)
-
-
 def train_all(
-    config: Config, path: Path, dataset: datasets.Dataset, record: np.ndarray | None, echo: Callable[[str], None]
+    config: Config, path: Path, dataset: datasets.Dataset, record: Record | None, echo: Callable[[str], None]
 ) -> dict[str, Any]:
     """Trains and evaluates every variant, echoes its results when it is done, and draws the figures; returns the
     summary.
@@ -368,31 +196,34 @@ def train_all(
     """
     train = loop.place(dataset)
     order = [variant for variant in VARIANTS if variant in config.variants]
-    num_members = config.num_seeds * sum(len(config.sigma) if variant == "f" else 1 for variant in order)
+    num_members = config.num_seeds * sum(len(config.sigma) if VARIANTS[variant].swept else 1 for variant in order)
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
     alone = len(dataset.shape) == 3
     names = ("num_steps", "learning_rate", "decay", "sigma_rate", "clip_norm", "warmup_steps", "ema_decay")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    programs: dict[str, loop.Programs] = {}
+    warmup = optax.linear_schedule(0.0, config.beta, sweep.half_way(config))
+    compiled: dict[Any, loop.Programs] = {}
     for variant in order:
-        make = model(config, variant, dataset.shape)
-        warmup = optax.linear_schedule(0.0, config.beta, half_way(config))
-        beta = warmup if variant == "kl_warmup" else config.beta
-        compiled = programs.get(TWINS.get(variant, variant))
-        programs[variant] = compiled or loop.compile_programs(
-            dataset, make, beta=beta, dequantised=config.dequantize, **options
-        )
+        program = VARIANTS[variant].program
+        if program not in compiled:
+            make = sweep.model(config, variant, dataset.shape)
+            beta = warmup if VARIANTS[variant].warmup else config.beta
+            compiled[program] = loop.compile_programs(
+                dataset, make, beta=beta, dequantised=config.dequantize, **options
+            )
+    programs = {variant: compiled[VARIANTS[variant].program] for variant in order}
     if record is not None:
         keep_record(path, record)
     for variant in order:  # a damaged checkpoint has to come to light before any work
-        for group in groups(config, variant, np.ones((config.num_seeds, config.num_steps + 1)), alone=alone):
+        for group in sweep.groups(config, variant, sweep.any_record(config), alone=alone):
             if (path / "checkpoints" / group.name).exists():
                 loop.start(path, group, programs[variant], num_steps=config.num_steps)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
     rows: list[dict[str, Any]] = []
-    ls: list[vae_lib.Params] = []  # of each group
+    leaders: list[vae_lib.Params] = []  # the trained params of each group
+    continued = any(VARIANTS[variant].after_leader for variant in order)
     kind = "points" if dataset.levels is None else "density"
     kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
     quiet = jax.process_index() != 0
@@ -400,21 +231,23 @@ def train_all(
     # smoothing=0: the time that is left follows from the mean rate, in which every variant's compilation counts.
     with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0, disable=quiet) as bar:
         for variant in order:
-            bar.set_description(VARIANTS[variant])
+            bar.set_description(VARIANTS[variant].title)
             records: list[np.ndarray] = []
             of_variant: list[dict[str, Any]] = []
-            taken = jax.tree.map(lambda *parts: np.concatenate(parts), *ls) if variant == "lv_star" else None
-            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == "ls"}
-            for group in groups(config, variant, record, alone=alone, ls=taken):
+            trained = None
+            if VARIANTS[variant].after_leader:
+                trained = jax.tree.map(lambda *parts: np.concatenate(parts), *leaders)
+            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
+            for group in sweep.groups(config, variant, record, alone=alone, trained=trained):
                 states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
                 of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset, errors)
-                if variant == "ls" and "lv_star" in order:
-                    ls.append(jax.device_get(states.weights))
+                if continued and VARIANTS[variant].leads:
+                    leaders.append(jax.device_get(states.weights))
                 sigmas[:, -1] = [member["sigma_max"] for member in of_group]
                 records.append(sigmas)
                 of_variant += of_group
                 panels += [panel for seed, panel in zip(group.seeds, its_panels, strict=True) if seed == config.seed]
-            if variant == "ls":
+            if VARIANTS[variant].leads:
                 record = np.concatenate(records)
                 keep_record(path, record)
             members += of_variant
@@ -464,7 +297,7 @@ def histograms(dataset: datasets.Dataset) -> dict[str, float]:
     }
 
 
-def keep_record(path: Path, record: np.ndarray) -> None:
+def keep_record(path: Path, record: Record) -> None:
     """Writes sigma(t) of the LS runs, [num_seeds, T + 1], to where `imported_record` of another run finds it."""
     runs.replace(path / "ls_sigma.npy", functools.partial(np.save, arr=record))
 
@@ -476,10 +309,10 @@ def evaluate(
     programs: loop.Programs,
     states: training.TrainState,
     dataset: datasets.Dataset,
-    ls_errors: Mapping[int, float],
+    errors: Mapping[int, float],
 ) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
     """The final scores and diagnostics of each member on the whole test split, and its pictures of the first test
-    examples. `ls_errors` are the mean squared errors of the LS runs by seed, as far as there are any.
+    examples. `errors` are the mean squared errors of the LS runs by seed, as far as there are any.
 
     Raises:
       runs.RunError: a result is not finite.
@@ -524,13 +357,14 @@ def evaluate(
         final = {name: np.asarray(values[index], np.float64).tolist() for name, values in columns.items()}
         of_member = diagnostics.Diagnostics(*(field[index] for field in found))
         relative = None
-        if variant in VARYING and int(seed) in ls_errors:
-            relative = math.sqrt(final["mse"] / ls_errors[int(seed)])
+        if VARIANTS[variant].sigma is Sigma.MAP and int(seed) in errors:
+            relative = math.sqrt(final["mse"] / errors[int(seed)])
         final["diagnosis"] = diagnostics.diagnosis(of_member, discretised=config.discretise, relative_error=relative)
-        sigma = float(group.sigmas[index]) if variant in CONSTANT else final["sigma_mean"]
+        constant = VARIANTS[variant].sigma is Sigma.CONSTANT
+        sigma = float(group.sigmas[index]) if constant else final["sigma_mean"]
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
-        title = f"{VARIANTS[variant]}, sigma = {sigma:.3g}"
+        title = f"{VARIANTS[variant].title}, sigma = {sigma:.3g}"
         drawn = slice(12 if images else None)
         panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))
     return members, panels
@@ -554,12 +388,12 @@ def define_flags() -> None:
     defaults = configure()
     with command.group("the comparison"):
         flags.DEFINE_list("sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs, in units of the data")
-        names = ", ".join(f"{name} ({title})" for name, title in VARIANTS.items())
+        names = ", ".join(f"{name} ({variant.title})" for name, variant in VARIANTS.items())
         flags.DEFINE_list("variants", list(defaults.variants), f"models to compare: {names}")
         flags.DEFINE_string(
             "sigma_from",
             defaults.sigma_from,
-            f"folder of a run whose LS-VAEs give {', '.join(FOLLOWING)} their sigma, instead of this run's own",
+            f"folder of a run whose LS-VAEs give {', '.join(FOLLOWERS)} their sigma, instead of this run's own",
         )
         flags.DEFINE_integer("num_seeds", defaults.num_seeds, "runs of each variant and sigma; figures show the first")
         flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")

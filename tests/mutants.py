@@ -97,6 +97,7 @@ GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians
 VAE, TOY, RUNS, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "networks"))
 BESSEL, THEORY, CELEBA, DIAGNOSTICS = (f"lvae_jax/{n}.py" for n in ("bessel", "theory", "celeba", "diagnostics"))
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
+MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
 
@@ -187,16 +188,16 @@ MUTANTS = [
     Mutant("data_from_the_start_again", LOOP, "range(step, num_steps, fused)", "range(0, num_steps, fused)", IMAGE_RUN),
     Mutant("first_step_skipped", LOOP, "int(states.step[0]),", "int(states.step[0]) + 1,", SPHERE_RUN),
     Mutant("record_shifted", LOOP, "record[:, step:stop] =", "record[:, step + 1 : stop + 1] =", FOLLOWS),
-    Mutant("seeds_of_others", SWEEP, "np.tile(seeds,", "np.repeat(seeds,", COMPARES),
-    Mutant("f_star_at_the_start", SWEEP, '== "replay" else record[:, -1]', '== "replay" else record[:, 0]', FOLLOWS),
-    Mutant("annealed_slowly", SWEEP, "return max(1, config.num_steps // 2)", "return config.num_steps", FOLLOWS),
-    Mutant("lv_star_from_its_own_start", SWEEP, "begin if ls is not None else None", "None", RELATIVES),
-    Mutant("kl_not_warmed_up", SWEEP, 'warmup if variant == "kl_warmup" else config', "config", WARMED),
+    Mutant("seeds_of_others", MEMBERS, "np.tile(seeds,", "np.repeat(seeds,", COMPARES),
+    Mutant("f_star_at_the_start", VARIANTS, "return record[:, -1]", "return record[:, 0]", FOLLOWS),
+    Mutant("annealed_slowly", MEMBERS, "return max(1, config.num_steps // 2)", "return config.num_steps", FOLLOWS),
+    Mutant("lv_star_from_its_own_start", MEMBERS, "begin if trained is not None else None", "None", RELATIVES),
+    Mutant("kl_not_warmed_up", SWEEP, "warmup if VARIANTS[variant].warmup else config", "config", WARMED),
     Mutant("best_sigma_squared", SWEEP, 'np.sqrt(columns["mse"])', 'columns["mse"]', COMPARES),
     Mutant("model_gap_s_sign", SWEEP, "- evidence, axis=-1)", "+ evidence, axis=-1)", EVIDENCE),
     Mutant(
         "images_without_floor",
-        SWEEP,
+        VARIANTS,
         "if images and levels is not None:",
         "if not images and levels is not None:",
         IMAGE_RUN,

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from conftest import call, run_command
 
-from experiments import command, generate, loop, sigma_sweep
+from experiments import command, generate, loop, sigma_sweep, sweep
 from lvae_jax import datasets, figures, images, likelihoods, networks, runs, training
 from lvae_jax import vae as vae_lib
 
@@ -69,13 +69,13 @@ def run(run_dir, **options):
 
 def restored(run_dir, member):
     """The member's weights and model, by the programs that trained it."""
-    config, _ = generate.read_run(run_dir)
-    dataset = datasets.load(config.dataset, **sigma_sweep.data_options(config))
-    model = sigma_sweep.model(config, member["variant"], dataset.shape)
+    config, _ = sweep.read_run(run_dir)
+    dataset = datasets.load(config.dataset, **sweep.data_options(config))
+    model = sweep.model(config, member["variant"], dataset.shape)
     programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
     file = run_dir / "ls_sigma.npy"
     record = np.load(file) if file.exists() else None
-    groups = sigma_sweep.groups(config, member["variant"], record, alone=len(dataset.shape) == 3)
+    groups = sweep.groups(config, member["variant"], record, alone=len(dataset.shape) == 3)
     group = next(group for group in groups if group.name == member["group"])
     states, _ = loop.start(run_dir, group, programs, num_steps=config.num_steps)
     return jax.tree.map(lambda leaf: leaf[member["member"]], states.weights), model(
@@ -153,11 +153,11 @@ def test_toy_samples_by_trained_weights(toy, tmp_path, variant):
 
 def test_weights_are_those_that_the_summary_scored(toy):
     """The average of the weights, not the last ones: their ELBOs on the test split, again."""
-    dataset, (config, _) = datasets.load("toy"), generate.read_run(toy)
+    dataset, (config, _) = datasets.load("toy"), sweep.read_run(toy)
     for variant in ("f", "lv"):
-        weights = generate.restore(toy, config, variant, variant, (2,))
-        (group,) = sigma_sweep.groups(config, variant, None, alone=False)
-        model = sigma_sweep.model(config, variant, (2,))
+        weights = sweep.restore(toy, config, variant, variant, (2,))
+        (group,) = sweep.groups(config, variant, None, alone=False)
+        model = sweep.model(config, variant, (2,))
         programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
         scores, *_ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)
         elbos = [member["elbo"] for member in members_of(toy, variant=variant)]

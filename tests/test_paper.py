@@ -16,8 +16,8 @@ import PIL.Image
 import pytest
 from conftest import call
 
-from experiments import claims, command, generate, hypersphere, page, paper, quality, sigma_sweep
-from experiments.report import VARIANTS
+from experiments import claims, command, hypersphere, page, paper, quality, sigma_sweep, sweep
+from experiments.variants import VARIANTS
 from lvae_jax import runs
 
 
@@ -129,7 +129,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
 def smoke(toy_run, tmp_path_factory):
     """What the command of the smoke scale leaves and prints, with the toy of `toy_run`, and of the rest a few steps."""
     path, stdout = tmp_path_factory.mktemp("paper") / "run", io.StringIO()
-    parts = {"toy": generate.read_run(toy_run.path)[0]}
+    parts = {"toy": sweep.read_run(toy_run.path)[0]}
     parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
     for name in ("toy_plain", "digits", "digits_codes"):
         parts[name] = paper.SCALES["smoke"][name]._replace(num_steps=3)
@@ -156,7 +156,7 @@ def test_report_has_every_claim(smoke):
     assert "its verdicts say nothing of the paper" in text
     for config in paper.SCALES["smoke"].values():
         for variant in getattr(config, "variants", ()):
-            assert f"| {page.literal(VARIANTS[variant])} | " in text
+            assert f"| {page.literal(VARIANTS[variant].title)} | " in text
     assert text.count("| histogram of each pixel | ") == 2, "by densities and by probabilities"
     assert len(reader.images) == 2 + 4 + 1 + 3 + 3
     for image in reader.images:

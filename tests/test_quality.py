@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import call, run_command
 
-from experiments import command, generate, quality, report, sigma_sweep
+from experiments import command, quality, report, sigma_sweep, sweep
 from lvae_jax import datasets, images, measures, runs
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
@@ -148,7 +148,7 @@ def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
 
 @pytest.fixture(scope="module")
 def generators(finished):
-    return quality.generators(finished[0], *generate.read_run(finished[0]))
+    return quality.generators(finished[0], *sweep.read_run(finished[0]))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import report
+from experiments.variants import VARIANTS, Sigma
 from lvae_jax import diagnostics, figures, runs, toy
 
 RNG = np.random.default_rng(0)
@@ -251,7 +252,7 @@ def test_cells_are_the_rows_numbers():
 
     fixed, vector = summary["rows"]
     for line, row in zip(lines[1:3], (fixed, vector), strict=True):
-        assert line.startswith(report.VARIANTS[row["variant"]])
+        assert line.startswith(VARIANTS[row["variant"]].title)
         assert f"{row['elbo']:.4f} +- {row['elbo_sd']:.4f}" in line
         assert cell(line, "KL") == f"{row['kl']:.4f}"
         assert cell(line, "gap") == f"{row['gap']:.4f}"
@@ -289,7 +290,7 @@ CASES = {
     "F-VAEs alone": lambda: toys([members("f", sigma=1.0), members("f", sigma=0.1, first=3)]),
     "one LV-VAE": lambda: toys([members("lv", num_seeds=1)]),
     "LV-VAEs alone": lambda: toys([members("lv")]),
-    "all": lambda: toys([members(variant) for variant in report.VARIANTS]),
+    "all": lambda: toys([members(variant) for variant in VARIANTS]),
     "images": lambda: summarise([members("f"), members("ls"), members("lv")], kind="density"),
     "images, LV-VAE alone": lambda: summarise([members("lv", num_seeds=1)], kind="dequantised"),
     "discretised": lambda: summarise([members("f"), members("ls")], kind="discretised"),
@@ -327,16 +328,16 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
     assert fixed or not any(title.startswith("F") for title in learned), "a constant is no curve of sigma"
 
     (points, lines), options = drawn["elbo_against_sigma"]
-    titles = {report.VARIANTS[m["variant"]] for m in summary["members"]}
+    titles = {VARIANTS[m["variant"]].title for m in summary["members"]}
     assert "LV-VAE" not in points
-    varying = {report.VARIANTS[variant] for variant in report.VARYING}
+    varying = {variant.title for variant in VARIANTS.values() if variant.sigma is Sigma.MAP}
     assert set(lines) == titles & {"LS-VAE", *varying}
     assert {*points, *lines} == titles
     assert options["bound"] == (-summary["entropy"] if summary["kind"] == "points" else None)
     reused_at, reused = options["reused"]
     assert set(reused) == (set() if summary["kind"] == "discretised" else titles - varying)
     for title, elbos in reused.items():
-        part = [m for m in summary["members"] if report.VARIANTS[m["variant"]] == title]
+        part = [m for m in summary["members"] if VARIANTS[m["variant"]].title == title]
         n, at = summary["num_dimensions"], reused_at[50]
         expected = [-n / 2 * (np.log(2 * np.pi * at**2) + m["mse"] / at**2) - m["kl"] for m in part]
         np.testing.assert_allclose(elbos[:, 50], expected)

@@ -20,7 +20,8 @@ import PIL.Image
 import pytest
 from conftest import call, run_command
 
-from experiments import command, generate, loop, report, sigma_sweep
+from experiments import command, loop, sigma_sweep, sweep
+from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
 
@@ -33,7 +34,7 @@ NUMBERS = ("sigma", "num_seeds", "elbo", "elbo_sd", "elbo_paper", "log_likelihoo
 pytestmark = pytest.mark.usefixtures("plain_sweep")
 
 
-def sweep(config, run_dir, **options):
+def run_sweep(config, run_dir, **options):
     return sigma_sweep.run(config, run_dir=str(run_dir), echo=lambda line: None, **options)
 
 
@@ -42,7 +43,7 @@ def summary_of(run):
 
 
 def config_of(run):
-    return generate.read_run(run.path)[0]
+    return sweep.read_run(run.path)[0]
 
 
 def test_command_compares_all_variants(toy_run):
@@ -74,7 +75,7 @@ def test_followers_take_sigma_from_their_seed(toy_run):
     assert record.shape == (2, 41)
     assert np.isfinite(record).all()
     assert (record[:, 0] == 1.0).all()
-    following = [variant for variant in report.FOLLOWING if variant in ALL]
+    following = [variant for variant in FOLLOWERS if variant in ALL]
     final = {variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", *following)}
     np.testing.assert_allclose(final["ls"], record[:, -1], rtol=1e-6)
     for variant in following:
@@ -116,7 +117,7 @@ def test_toy_measures(toy_run):
 def test_evidence_and_importance_bound(tmp_path):
     """The two gaps add up to that from the ELBO to the toy's density, and the bound lies between ELBO and evidence."""
     config = SMALL._replace(variants=("ls",), latent_size=1, evidence=True, num_importance_samples=16)
-    (member,) = sweep(config, tmp_path)["members"]
+    (member,) = run_sweep(config, tmp_path)["members"]
     x = datasets.load("toy").test
     of_density = np.float64(toy.log_prob(jnp.asarray(x[: sigma_sweep.NUM_EVIDENCE_EXAMPLES])))
     gap = of_density.mean() - member["elbo"]
@@ -141,14 +142,14 @@ def test_finished_run_is_only_reported(toy_run, tmp_path, monkeypatch, capsys):
 def test_directory_of_other_flags_is_refused(toy_run):
     before = {file: file.stat().st_mtime_ns for file in toy_run.path.rglob("*")}
     with pytest.raises(runs.RunError, match="other flags") as error:
-        sweep(config_of(toy_run)._replace(sigma=(0.5,)), toy_run.path)
+        run_sweep(config_of(toy_run)._replace(sigma=(0.5,)), toy_run.path)
     assert "\n" not in str(error.value)
     assert {file: file.stat().st_mtime_ns for file in toy_run.path.rglob("*")} == before
 
 
 def test_sigma_from_another_run(toy_run, tmp_path):
     config = config_of(toy_run)._replace(variants=("f_star", "replay"), sigma_from=str(toy_run.path))
-    there = sweep(config, tmp_path / "run")["members"]
+    there = run_sweep(config, tmp_path / "run")["members"]
     here = [member for member in summary_of(toy_run)["members"] if member["variant"] in ("f_star", "replay")]
     assert there == here, "the same seeds, the same numbers"
 
@@ -165,7 +166,7 @@ def test_sigma_from_another_run(toy_run, tmp_path):
 def test_sigma_that_does_not_fit_is_refused(toy_run, tmp_path, change, message):
     config = config_of(toy_run)._replace(variants=("replay",), sigma_from=str(toy_run.path))._replace(**change)
     with pytest.raises(command.UsageError, match=message):
-        sweep(config, tmp_path / "run")
+        run_sweep(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +177,7 @@ def test_damaged_copy_of_sigma(toy_run, tmp_path):
     for content in (b"", b"\x93NUMPY"):
         copy.write_bytes(content)
         with pytest.raises(command.UsageError, match=r"ls_sigma\.npy is damaged: delete it"):
-            sweep(config, tmp_path)
+            run_sweep(config, tmp_path)
     copy.unlink()
     record = np.load(toy_run.path / "ls_sigma.npy")
     np.testing.assert_array_equal(sigma_sweep.imported_record(config, tmp_path), record)
@@ -203,7 +204,7 @@ def test_killed_run_resumes_to_the_same_bits(toy_run, tmp_path):
     assert 0 < max(map(int, resumed_from)) < 40
     assert not (run_dir / "summary.json").exists()
 
-    resumed = sweep(config, run_dir)
+    resumed = run_sweep(config, run_dir)
     assert resumed["members"] == [m for m in summary_of(toy_run)["members"] if m["variant"] in config.variants]
     lines = [line for line in runs.read_metrics(toy_run.path) if line["group"] in config.variants]
     assert runs.read_metrics(run_dir) == lines
@@ -231,13 +232,13 @@ def test_damaged_checkpoint_stops_the_run_and_is_kept(toy_run, tmp_path):
 def test_divergence_is_an_error(tmp_path, monkeypatch, rate, num_steps, message):
     monkeypatch.setattr(loop.training, "optimizer", lambda num_steps, **schedule: optax.sgd(rate))
     with pytest.raises(runs.RunError, match=message):
-        sweep(SMALL._replace(variants=("f",), num_steps=num_steps), tmp_path)
+        run_sweep(SMALL._replace(variants=("f",), num_steps=num_steps), tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_gradient_that_overflows_is_an_error(tmp_path):
     with pytest.raises(runs.RunError, match="diverged"):
-        sweep(SMALL._replace(variants=("f",), sigma=(1e-12,)), tmp_path)
+        run_sweep(SMALL._replace(variants=("f",), sigma=(1e-12,)), tmp_path)
 
 
 def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch):
@@ -247,7 +248,7 @@ def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch
     monkeypatch.setattr(loop, "importance_bound", bound)
     config = SMALL._replace(variants=("f",), num_seeds=1, num_importance_samples=2)
     with pytest.raises(runs.RunError, match="importance_bound of f is not finite: its checkpoints are kept"):
-        sweep(config, tmp_path)
+        run_sweep(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -255,9 +256,9 @@ def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch
 def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
-    single = sweep(config, tmp_path / "single")["members"][0]
+    single = run_sweep(config, tmp_path / "single")["members"][0]
     monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
-    fused = sweep(config, tmp_path / "fused")["members"][0]
+    fused = run_sweep(config, tmp_path / "fused")["members"][0]
     assert fused["elbo"] == pytest.approx(single["elbo"], abs=0.1)
     append = runs.append_metrics
 
@@ -269,10 +270,10 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "append_metrics", interrupted)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        sweep(config, tmp_path / "resumed")
+        run_sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 60.0)
-    assert sweep(config, tmp_path / "resumed")["members"][0] == fused
+    assert run_sweep(config, tmp_path / "resumed")["members"][0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
 
@@ -288,7 +289,9 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
     options = {"learning_rate": 1e-2, "decay": False, "sigma_rate": 1.0, "clip_norm": 1e-2, "warmup_steps": 3}
     plain = SMALL._replace(variants=("ls",), **options)
     changes = [{}, {"ema_decay": 0.9}, {"bfloat16": True}, {"num_blocks": 2}]
-    elbos = [sweep(plain._replace(**change), tmp_path / str(i))["rows"][0]["elbo"] for i, change in enumerate(changes)]
+    elbos = [
+        run_sweep(plain._replace(**change), tmp_path / str(i))["rows"][0]["elbo"] for i, change in enumerate(changes)
+    ]
     assert len(set(elbos)) == len(changes)
     assert optimisers == len(changes) * [{"num_steps": 5} | options]
 
@@ -296,7 +299,7 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
 def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, tmp_path, monkeypatch):
     config = config_of(toy_run)
     weights = jax.eval_shape(
-        functools.partial(vae_lib.init, vae=sigma_sweep.model(config, "ls", (2,))(1.0)), jax.random.key(0)
+        functools.partial(vae_lib.init, vae=sweep.model(config, "ls", (2,))(1.0)), jax.random.key(0)
     )
     floats = config.num_seeds * sum(leaf.size for leaf in jax.tree.leaves(weights))
     stored = sum(file.stat().st_size for file in (toy_run.path / "checkpoints" / "ls").rglob("*") if file.is_file())
@@ -305,7 +308,7 @@ def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, 
     (run_dir / "summary.json").unlink()
     runs.write_json(run_dir / "flags.json", config._replace(variants=("f", "ls"))._asdict())
     monkeypatch.setattr(training, "members_steps", lambda *args, **options: pytest.fail("it trains"))
-    again = sweep(config._replace(variants=("f", "ls")), run_dir)["members"]
+    again = run_sweep(config._replace(variants=("f", "ls")), run_dir)["members"]
     assert again == [member for member in summary_of(toy_run)["members"] if member["variant"] in ("f", "ls")]
 
 
@@ -326,12 +329,12 @@ def test_image_run(tmp_path, monkeypatch):
     white = np.full((23, 8, 8, 1), 255, np.uint8)
     options = {"variants": ("f", "lv"), "sigma": (0.5,), "num_seeds": 2, "num_steps": 20, "widths": (16,)}
     config = on_images(monkeypatch, black, white, discretise=False, **options)
-    whole = sweep(config, tmp_path / "whole")
+    whole = run_sweep(config, tmp_path / "whole")
     assert whole["num_test_examples"] == 23
     assert [member["group"] for member in whole["members"]] == ["f-0", "f-1", "lv-0", "lv-1"]
     for member in whole["members"]:
         assert member["mse"] == pytest.approx(1.0, abs=0.2), "white test images, black reconstructions"
-    assert sigma_sweep.model(config, "ls", (8, 8, 1))(1.0).likelihood.floor == pytest.approx(1 / (255 * 12**0.5))
+    assert sweep.model(config, "ls", (8, 8, 1))(1.0).likelihood.floor == pytest.approx(1 / (255 * 12**0.5))
     trained = [line["mse"] for line in runs.read_metrics(tmp_path / "whole") if line["step"] == 20]
     assert max(trained) < 0.1
 
@@ -350,9 +353,9 @@ def test_image_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "append_metrics", interrupted)
     while stops:
         with pytest.raises(KeyboardInterrupt):
-            sweep(config, tmp_path / "resumed")
+            run_sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
-    assert sweep(config, tmp_path / "resumed")["members"] == whole["members"]
+    assert run_sweep(config, tmp_path / "resumed")["members"] == whole["members"]
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "whole")
 
 
@@ -361,11 +364,9 @@ def test_relatives_of_the_learned_vector(tmp_path, monkeypatch):
     options = {"variants": ("ls", "learned_map", "lv_star", "logistic", "mixture"), "num_components": 2}
     options |= {"num_seeds": 2, "num_steps": 4, "num_importance_samples": 2}
     config = on_images(monkeypatch, NOISE, NOISE[:15], discretise=False, **options)
-    summary = sweep(config, tmp_path / "run")
+    summary = run_sweep(config, tmp_path / "run")
     members = {(member["variant"], member["seed"]): member for member in summary["members"]}
-    params = {
-        key: generate.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], (8, 8, 1)) for key in members
-    }
+    params = {key: sweep.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], (8, 8, 1)) for key in members}
     for seed in (0, 1):
         ls, star = params["ls", seed], params["lv_star", seed]
         jax.tree.map(np.testing.assert_array_equal, star["encoder"], ls["encoder"])
@@ -385,7 +386,7 @@ def test_relatives_of_the_learned_vector(tmp_path, monkeypatch):
 
 def test_probabilities_of_a_model_trained_on_them_are_its_elbo(tmp_path, monkeypatch):
     options = {"variants": ("lv",), "num_seeds": 1, "num_steps": 2}
-    summary = sweep(on_images(monkeypatch, NOISE, NOISE[:15], **options), tmp_path / "run")
+    summary = run_sweep(on_images(monkeypatch, NOISE, NOISE[:15], **options), tmp_path / "run")
     assert summary["kind"] == "discretised", "the default on images"
     (member,) = summary["members"]
     assert member["code_elbo"] == pytest.approx(member["elbo"], rel=1e-6)
@@ -428,7 +429,7 @@ def test_celeba_from_a_folder(tmp_path):
         **{"dataset": "celeb_a", "variants": ("f",), "num_seeds": 1, "num_steps": 2, "batch_size": 2},
         **{"latent_size": 2, "image_size": 8, "widths": (4,), "num_blocks": 1},
     )
-    summary = sweep(config, tmp_path / "run", data_dir=str(tmp_path / "data"), celeba_dir=str(folder))
+    summary = run_sweep(config, tmp_path / "run", data_dir=str(tmp_path / "data"), celeba_dir=str(folder))
     assert summary["num_test_examples"] == 2
     assert summary["rows"][0]["mse"] == pytest.approx(1.0, abs=0.05)
     assert summary["members"][0]["sigma"] == 0.1
@@ -436,10 +437,10 @@ def test_celeba_from_a_folder(tmp_path):
     # The run belongs to these images, wherever they lie; others do not go on with it, nor are its numbers theirs.
     places = {"data_dir": str(tmp_path / "data")}
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert sweep(config, tmp_path / "run", celeba_dir=str(copy), **places) == summary
+    assert run_sweep(config, tmp_path / "run", celeba_dir=str(copy), **places) == summary
     PIL.Image.new("RGB", (178, 218), "black").save(copy / "000002.jpg")
     with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another --run_dir"):
-        sweep(config, tmp_path / "run", celeba_dir=str(copy), **places)
+        run_sweep(config, tmp_path / "run", celeba_dir=str(copy), **places)
 
 
 def test_size_of_celebas_images():

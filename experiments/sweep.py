@@ -1,0 +1,200 @@
+"""A sweep: its config, its models and members, and the weights and the summary of a finished one.
+
+Everything that trains, reports or uses a sweep stands on this module, none of it on the command that runs one.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import loop
+from experiments.variants import VARIANTS, Record, Sigma, make_vae
+from lvae_jax import datasets, runs, training
+from lvae_jax import vae as vae_lib
+
+BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
+RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
+
+
+class Config(NamedTuple):
+    """What a sweep computes. A field's default is what was done before it existed, so that old runs keep their meaning;
+    `configure` knows the defaults of today."""
+
+    sigma: tuple[float, ...] = (0.1,)
+    variants: tuple[str, ...] = ("f", "ls", "lv")
+    dataset: str = "toy"
+    num_seeds: int = 3
+    seed: int = 0
+    num_steps: int = 3000
+    batch_size: int = 100
+    latent_size: int = 2
+    widths: tuple[int, ...] = (200,)
+    num_blocks: int = 4
+    bfloat16: bool = False
+    gain: float = 0.03
+    balance: float = 0.0
+    warm_start: float = 0.0
+    num_components: int = 5
+    beta: float = 1.0
+    learning_rate: float = 2e-3
+    decay: bool = True
+    sigma_rate: float = 10.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    ema_decay: float = 0.0
+    sigma_from: str | None = None
+    num_importance_samples: int = 0
+    evidence: bool = False
+    image_size: int | None = None
+    levels: int | None = None
+    flip: bool = False
+    dequantize: bool = False
+    discretise: bool = False
+    fake_data: bool = False
+    celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
+
+
+# What keeps the LV-VAE from explaining data by variance. Densities tempt it more than probabilities do.
+DENSITY_DEFAULTS: dict[str, Any] = {"balance": 0.7, "warm_start": 0.4}
+PROBABILITY_DEFAULTS: dict[str, Any] = {"warm_start": 0.2}
+TOY_DEFAULTS: dict[str, Any] = {"gain": 1.0}
+# The paper's networks; an epoch of MNIST, of which the paper trains 1,000.
+IMAGE_DEFAULTS: dict[str, Any] = TOY_DEFAULTS | {
+    "num_steps": 600,
+    "latent_size": 256,
+    "widths": (32, 64, 64),
+    "num_blocks": 4,
+    "discretise": True,
+}
+DIGITS_NETWORK = {"latent_size": 16, "widths": (16, 32), "num_blocks": 1}
+DIGITS_DEFAULTS = IMAGE_DEFAULTS | DIGITS_NETWORK | {"num_steps": 1500}
+CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
+CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
+
+
+def configure(**options: Any) -> Config:
+    """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
+    probabilities."""
+    given = {name: value for name, value in options.items() if value is not None}
+    name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
+    defaults = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
+    if given.get("dequantize"):
+        defaults = defaults | {"discretise": False}
+    values = defaults | given
+    return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
+
+
+def data_options(config: Config) -> dict[str, Any]:
+    """The fields that `datasets.load` takes."""
+    return {name: getattr(config, name) for name in ("image_size", "levels", "flip", "dequantize", "fake_data")}
+
+
+def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
+    """What makes the variant's model of the config, for data of this shape, of its sigma."""
+    network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
+    network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
+    levels = datasets.grey_levels(config.dataset, levels=config.levels)
+    names = ("gain", "num_components", "discretise")
+    head: dict[str, Any] = {name: getattr(config, name) for name in names} | {"levels": levels}
+    if config.balance:
+        begin = round(BALANCED * config.num_steps)
+        head["balance"] = optax.linear_schedule(config.balance, 0.0, max(1, config.num_steps - begin), begin)
+    if config.warm_start:
+        begin = round(config.warm_start * config.num_steps)
+        head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
+    return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
+
+
+def groups(
+    config: Config, variant: str, record: Record | None, *, alone: bool, trained: vae_lib.Params | None = None
+) -> list[loop.Group]:
+    """The sweep members of a variant, all together or each alone; of one that is swept, every sigma with every seed.
+
+    `record` is that of the leader's runs, of which the sigmas of followers are made; others need none. `trained` are
+    the params of these runs, leaves [num_seeds, ...], with which a variant begins that continues them.
+    """
+    of_variant = VARIANTS[variant]
+    seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
+    sigmas = np.ones(config.num_seeds)
+    if of_variant.swept:
+        sigmas, seeds = np.repeat(config.sigma, config.num_seeds), np.tile(seeds, len(config.sigma))
+    elif of_variant.follow is not None:
+        assert record is not None, "the leader comes before its followers"
+        sigmas = of_variant.follow(record, half_way(config))
+
+    def group(name: str, part: slice) -> loop.Group:
+        def begin(params: vae_lib.Params) -> vae_lib.Params:
+            taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), trained)
+            return params | {
+                "encoder": taken["encoder"],
+                "decoder": params["decoder"] | {"first": taken["decoder"]},
+            }
+
+        return loop.Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
+
+    if not alone:
+        return [group(variant, slice(None))]
+    return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
+
+
+def any_record(config: Config) -> Record:
+    """In place of a record of which only the shape matters: names and sizes of members do not depend on its values."""
+    return np.ones((config.num_seeds, config.num_steps + 1))
+
+
+def half_way(config: Config) -> int:
+    """The step at which a geometric schedule and a warm-up of the KL have gone all their way."""
+    return max(1, config.num_steps // 2)
+
+
+def read_run(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The config and the summary of a finished run.
+
+    Raises:
+      runs.RunError: there is none in `path`.
+    """
+    recorded = runs.read_flags(path, defaults=Config._field_defaults)
+    if recorded.keys() != set(Config._fields):
+        raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
+    if not (path / "summary.json").exists():
+        raise runs.RunError(f"{path} holds an unfinished run: repeat its command, which finishes it")
+    summary = runs.read_json(path / "summary.json")
+    if not {"members", "shape", "unit"} <= summary.keys():
+        raise runs.RunError(f"{path / 'summary.json'} is of an older version: repeat the run in another --run_dir")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    return Config._make(values[name] for name in Config._fields), summary
+
+
+def trained_vae(config: Config, variant: str, shape: tuple[int, ...]) -> vae_lib.VAE:
+    """The model of a variant in a finished run, for any sigma: that of a trained member is in its parameters."""
+    sigma = jnp.ones(config.num_steps + 1) if VARIANTS[variant].sigma is Sigma.SCHEDULED else 1.0
+    return model(config, variant, shape)(sigma)
+
+
+def restore(path: Path, config: Config, name: str, variant: str, shape: tuple[int, ...]) -> vae_lib.Params:
+    """The trained weights of the M members of the group `name`, leaves [M, ...].
+
+    Raises:
+      runs.RunError: the checkpoint is missing, damaged, or of another shape or version.
+    """
+    if not (path / "checkpoints" / name).exists():
+        raise runs.RunError(f"{path / 'checkpoints' / name} is missing: give the directory of a whole run")
+    members = groups(config, variant, any_record(config), alone=len(shape) == 3)
+    group = next(group for group in members if group.name == name)
+    init = functools.partial(
+        training.members_init,
+        make_vae=lambda sigma: trained_vae(config, variant, shape),
+        optimizer=optax.identity(),  # of whose state a finished run keeps nothing
+    )
+    record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)
+    with runs.Checkpoints(path, name) as checkpoints:
+        if checkpoints.step is None:
+            raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
+        states, _ = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas).finished(), record))
+    return states.weights

@@ -1,0 +1,151 @@
+"""The variants that a sweep compares: one row of a table for each, the only place that knows their names besides the
+claims of the paper. A new one is one more row."""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from lvae_jax import likelihoods, networks
+from lvae_jax.likelihoods import Likelihood, Schedule
+from lvae_jax.vae import VAE
+
+Record = Float[np.ndarray, "M T+1"]
+"""sigma(t) of the leader's runs, one row for each seed, in force at each step from 0 to T."""
+
+
+class Sigma(enum.Enum):
+    """What the sigma of a model is."""
+
+    CONSTANT = "one number for the whole training"
+    SCHEDULED = "one number for each step, given"
+    LEARNED = "one number, learned"
+    MAP = "one number for each data dimension, learned"
+
+
+def last(record: Record, half_way: int) -> Float[np.ndarray, " M"]:
+    """The leader's final sigma."""
+    return record[:, -1]
+
+
+def whole(record: Record, half_way: int) -> Record:
+    """The leader's sigma at every step."""
+    return record
+
+
+def geometric(record: Record, half_way: int) -> Record:
+    """From the leader's first sigma to its last by a constant factor for each step, up to the step `half_way`."""
+    progress = np.minimum(np.arange(record.shape[1]) / half_way, 1.0)
+    return record[:, :1] * (record[:, -1:] / record[:, :1]) ** progress
+
+
+def scheduled(sigma: Float[Array, " T+1"]) -> Likelihood:
+    """The head whose sigma is given for each step."""
+    return likelihoods.fixed(likelihoods.replay(sigma))
+
+
+class Variant(NamedTuple):
+    """A kind of VAE in a sweep.
+
+    Attributes:
+      title: in tables and figures.
+      head: (sigma, options) -> the observation model; sigma is the initial one where it is learned.
+      sigma: what its sigma is.
+      takes: the names of the options that `head` takes, of those that `make_vae` has.
+      swept: it has one member for each value of --sigma, instead of one alone.
+      leads: the sigma(t) of its runs is that of the variants that follow.
+      follow: (record, half_way) -> the members' sigmas [M] or [M, T + 1], made of the leader's; None if it does not
+        follow.
+      warmup: the weight of the KL rises from 0, over the first half of the steps.
+      after_leader: encoder and mean are the leader's, trained and frozen.
+    """
+
+    title: str
+    head: Callable[..., Likelihood]
+    sigma: Sigma
+    takes: tuple[str, ...] = ()
+    swept: bool = False
+    leads: bool = False
+    follow: Callable[[Record, int], np.ndarray] | None = None
+    warmup: bool = False
+    after_leader: bool = False
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """Variants with the same differ only in the values of sigma: one compiled program serves them all."""
+        return self.head, self.takes, self.warmup, self.after_leader
+
+
+LEARNED_BY_DECODER = ("gain", "balance", "ramp", "floor")
+
+VARIANTS: dict[str, Variant] = {
+    "f": Variant("F-VAE", likelihoods.fixed, Sigma.CONSTANT, swept=True),
+    "ls": Variant("LS-VAE", likelihoods.learned_scalar, Sigma.LEARNED, takes=("floor",), leads=True),
+    "lv": Variant("LV-VAE", likelihoods.learned_vector, Sigma.MAP, takes=LEARNED_BY_DECODER),
+    "optimal": Variant("sigma-VAE", likelihoods.optimal, Sigma.LEARNED, takes=("floor",)),
+    "f_star": Variant("F*-VAE", likelihoods.fixed, Sigma.CONSTANT, follow=last),
+    "replay": Variant("replayed F-VAE", scheduled, Sigma.SCHEDULED, follow=whole),
+    "geometric": Variant("annealed F-VAE", scheduled, Sigma.SCHEDULED, follow=geometric),
+    "kl_warmup": Variant("F*-VAE, KL warm-up", likelihoods.fixed, Sigma.CONSTANT, follow=last, warmup=True),
+    "learned_map": Variant("learned-map VAE", likelihoods.learned_map, Sigma.MAP, takes=("shape", "floor")),
+    "lv_star": Variant(
+        "LV*-VAE",
+        # With a ramp, even a constant one, the leader's sigma is a parameter, which checkpoints keep.
+        functools.partial(likelihoods.learned_vector, ramp=optax.constant_schedule(1.0)),
+        Sigma.MAP,
+        takes=("gain", "floor"),
+        follow=last,
+        after_leader=True,
+    ),
+    "logistic": Variant("logistic VAE", likelihoods.logistic, Sigma.MAP, takes=LEARNED_BY_DECODER),
+    "mixture": Variant("mixture VAE", likelihoods.mixture, Sigma.MAP, takes=("gain", "num_components", "floor")),
+}
+LEADER = next(name for name, variant in VARIANTS.items() if variant.leads)
+FOLLOWERS = tuple(name for name, variant in VARIANTS.items() if variant.follow is not None)
+
+
+def make_vae(
+    name: str,
+    shape: tuple[int, ...],
+    latent_size: int,
+    sigma: Any,
+    *,
+    gain: float = 1.0,
+    balance: Schedule | None = None,
+    ramp: Schedule | None = None,
+    num_components: int = 5,
+    levels: int | None = 256,
+    discretise: bool = False,
+    **network: Any,
+) -> VAE:
+    """The paper's networks for data of this shape, under the observation model of the variant `name`.
+
+    `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
+    `num_components` are those of `likelihoods.learned_vector` and `mixture`. `levels` is the number of grey levels of
+    images, on which no learned sigma goes below the noise of quantisation; None for points. `network` are options of
+    both networks.
+    """
+    variant, images = VARIANTS[name], len(shape) == 3
+    options: dict[str, Any] = {
+        "shape": shape,
+        "gain": gain,
+        "balance": balance,
+        "ramp": ramp,
+        "num_components": num_components,
+    }
+    if images and levels is not None:
+        options["floor"] = likelihoods.quantisation_noise(levels)
+    likelihood = variant.head(sigma=sigma, **{option: options[option] for option in variant.takes if option in options})
+    if discretise and levels is not None:
+        likelihood = likelihoods.discretised(likelihood, levels=levels)
+    encoder = (networks.conv_encoder if images else networks.mlp_encoder)(shape, latent_size, **network)
+    make_decoder = networks.conv_decoder if images else networks.mlp_decoder
+    decoder = make_decoder(shape, likelihood.outputs, latent_size, **network)
+    if variant.after_leader:  # the leader's networks, beside one for log sigma
+        one = make_decoder(shape, 1, latent_size, **network)
+        encoder, decoder = networks.frozen(encoder), networks.side_by_side(networks.frozen(one), one)
+    return VAE(encoder, decoder, likelihood, latent_size)
