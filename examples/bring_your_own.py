@@ -10,8 +10,8 @@ Expect a test ELBO of -1.631 nats; the best Laplace distribution that ignores z 
 import csv
 import itertools
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def data(size: int, seed: int) -> np.ndarray:
     return (ring + rng.laplace(scale=0.1 / np.sqrt(2.0), size=ring.shape)).astype(np.float32)
 
 
-def mlp(sizes: Sequence[int]) -> lv.Network:
-    """init: key -> weights; apply: (weights, [B, first size]) -> [B, last size]."""
+def mlp(sizes: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """init: key -> weights, and apply: (weights, [B, first size]) -> [B, last size]."""
 
     def init(key: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         shapes = list(itertools.pairwise(sizes))
@@ -44,7 +44,7 @@ def mlp(sizes: Sequence[int]) -> lv.Network:
             h = jax.nn.tanh(h @ matrix + bias)
         return h @ weights[-1][0] + weights[-1][1]
 
-    return lv.Network(init, apply)
+    return init, apply
 
 
 def laplace(schedule: lv.Schedule) -> lv.Likelihood:
@@ -72,10 +72,16 @@ def laplace(schedule: lv.Schedule) -> lv.Likelihood:
 
 def main(num_steps: int = 2000, file: TextIO = sys.stdout) -> tuple[lv.VAE, lv.TrainState, lv.Scores]:
     """Trains, and writes a row of CSV every tenth of the way; returns the model, its state and its test scores."""
-    encoder, decoder = mlp([2, WIDTH, WIDTH, 2 * LATENT_SIZE]), mlp([LATENT_SIZE, WIDTH, WIDTH, 2])
+    encoder_init, encode = mlp([2, WIDTH, WIDTH, 2 * LATENT_SIZE])
+    decoder_init, decode = mlp([LATENT_SIZE, WIDTH, WIDTH, 2])
+
+    def posterior(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, log_stddev = jnp.split(encode(params, x), 2, axis=-1)
+        return mean, log_stddev
+
     vae = lv.VAE(
-        encoder._replace(apply=lambda params, x: tuple(jnp.split(encoder.apply(params, x), 2, axis=-1))),
-        decoder._replace(apply=lambda params, z: decoder.apply(params, z)[..., None]),
+        lv.Encoder(encoder_init, posterior),
+        lv.Decoder(decoder_init, lambda params, z: decode(params, z)[..., None]),
         laplace(lambda step: 0.1 + 0.4 * jnp.exp(-5.0 * step / num_steps)),
         LATENT_SIZE,
     )

@@ -22,7 +22,7 @@ def train(num_steps: int, devices: list[jax.Device]) -> tuple[lv.TrainState, lis
     mesh = Mesh(np.array(devices), ("batch",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
     head = lv.learned_scalar()
-    vae = lv.VAE(lv.mlp_encoder((2,), 2, num_blocks=1), lv.mlp_decoder((2,), head.outputs, 2, num_blocks=1), head, 2)
+    vae = lv.mlp_vae((2,), head, latent_size=2, num_blocks=1)
     optimizer = lv.optimizer(num_steps)
     state = jax.device_put(lv.init_state(jax.random.key(0), vae, optimizer), everywhere)
     step = jax.jit(lambda key, state, x, index: lv.train_step(key, vae, optimizer, state, x, index), donate_argnums=1)

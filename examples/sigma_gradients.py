@@ -24,7 +24,7 @@ def theory_slopes(sigmas: jax.Array, dim: int = 3) -> tuple[jax.Array, jax.Array
 def model_slope(log_sigma: jax.Array) -> tuple[jax.Array, lv.Scores]:
     """The slope of an untrained model's mean ELBO on the toy by log sigma, in nats, and its scores."""
     head = lv.learned_scalar()
-    vae = lv.VAE(lv.mlp_encoder((2,), 2, width=32), lv.mlp_decoder((2,), head.outputs, 2, width=32), head, 2)
+    vae = lv.mlp_vae((2,), head, latent_size=2, width=32)
     params = lv.init(jax.random.key(0), vae)
     x = toy.sample(jax.random.split(jax.random.key(1), 1000))
     keys = jax.random.split(jax.random.key(2), 1000)

@@ -230,13 +230,14 @@ def pictures(
     arrays = {"samples": samples, "means": means, "stddevs": stddevs}
     t = jnp.linspace(0.0, 1.0, NUM_POINTS)[None, :, None]
     if x is None or len(x) < 2:
-        first, last = jax.random.normal(ends_key, (2, NUM_PATHS, 1, vae.latent_size))
-        # Each point is a draw from the prior; those on a straight line would be too close to the origin.
+        ends = vae.prior.sample(ends_key, params.get("prior", {}), (2 * NUM_PATHS, vae.latent_size))
+        first, last = ends.reshape(2, NUM_PATHS, 1, vae.latent_size)
+        # Under N(0, I) each point is a draw from the prior; those on a straight line would be too close to the origin.
         z = jnp.cos(0.5 * jnp.pi * t) * first + jnp.sin(0.5 * jnp.pi * t) * last
     else:
-        ends, _ = vae.encoder.apply(params["encoder"], x[: NUM_PATHS + 1])
+        ends, _ = vae_lib.encode(vae, params, x[: NUM_PATHS + 1])
         z = (1.0 - t) * ends[:-1, None] + t * ends[1:, None]
-    outputs = vae.decoder.apply(params["decoder"], z.reshape(-1, vae.latent_size))
+    outputs = vae_lib.decode(vae, params, z.reshape(-1, vae.latent_size))
     for name, of_outputs in (("interpolations", vae.likelihood.mean), ("interpolation_stddevs", vae.likelihood.stddev)):
         flat = of_outputs(params["likelihood"], outputs)
         arrays[name] = flat.reshape(*z.shape[:2], *flat.shape[1:])

@@ -24,7 +24,7 @@ from absl import flags
 
 from experiments import command, loop
 from experiments.variants import VARIANTS
-from lvae_jax import datasets, figures, likelihoods, networks, runs, theory
+from lvae_jax import datasets, figures, likelihoods, runs, theory
 from lvae_jax import vae as vae_lib
 
 
@@ -87,10 +87,7 @@ def check(config: Config) -> None:
 
 def make_vae(variant: str, dim: int, latent_size: int, sigma: Any) -> vae_lib.VAE:
     """The toy's networks, under an F- or LS-VAE's observation model."""
-    head = VARIANTS[variant].head(sigma)
-    return vae_lib.VAE(
-        networks.mlp_encoder((dim,), latent_size), networks.mlp_decoder((dim,), 1, latent_size), head, latent_size
-    )
+    return vae_lib.mlp_vae((dim,), VARIANTS[variant].head(sigma), latent_size=latent_size)
 
 
 def train_all(config: Config, path: Path) -> dict[str, Any]:

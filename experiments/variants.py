@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Float
 
 from lvae_jax import likelihoods, networks
+from lvae_jax import vae as vae_lib
 from lvae_jax.likelihoods import Likelihood, Schedule
-from lvae_jax.vae import VAE
 
 Record = Float[np.ndarray, "M T+1"]
 """sigma(t) of the leader's runs, one row for each seed, in force at each step from 0 to T."""
@@ -121,7 +121,7 @@ def make_vae(
     levels: int | None = 256,
     discretise: bool = False,
     **network: Any,
-) -> VAE:
+) -> vae_lib.VAE:
     """The paper's networks for data of this shape, under the observation model of the variant `name`.
 
     `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
@@ -142,10 +142,11 @@ def make_vae(
     likelihood = variant.head(sigma=sigma, **{option: options[option] for option in variant.takes if option in options})
     if discretise and levels is not None:
         likelihood = likelihoods.discretised(likelihood, levels=levels)
-    encoder = (networks.conv_encoder if images else networks.mlp_encoder)(shape, latent_size, **network)
-    make_decoder = networks.conv_decoder if images else networks.mlp_decoder
-    decoder = make_decoder(shape, likelihood.outputs, latent_size, **network)
-    if variant.after_leader:  # the leader's networks, beside one for log sigma
-        one = make_decoder(shape, 1, latent_size, **network)
-        encoder, decoder = networks.frozen(encoder), networks.side_by_side(networks.frozen(one), one)
-    return VAE(encoder, decoder, likelihood, latent_size)
+    make: Callable[..., vae_lib.VAE] = vae_lib.conv_vae if images else vae_lib.mlp_vae
+    make = functools.partial(make, latent_size=latent_size, **network)
+    vae = make(shape, likelihood)
+    if not variant.after_leader:
+        return vae
+    mean = make(shape, VARIANTS[LEADER].head()).decoder  # the leader's, beside one of the same form for log sigma
+    decoder = networks.side_by_side(networks.frozen(mean), mean)
+    return vae._replace(encoder=networks.frozen(vae.encoder), decoder=decoder)

@@ -3,7 +3,7 @@
   import jax, lvae_jax as lv
 
   head = lv.learned_scalar()  # LS-VAE; also fixed, learned_vector, optimal, logistic, ...
-  vae = lv.VAE(lv.mlp_encoder((2,), 2), lv.mlp_decoder((2,), head.outputs, 2), head, latent_size=2)
+  vae = lv.mlp_vae((2,), head, latent_size=2)
   params = lv.init(jax.random.key(0), vae)
   terms = lv.elbo(jax.random.split(jax.random.key(1), len(x)), vae, params, x)  # x [B, 2]; terms.elbo is [B], in nats
 
@@ -31,16 +31,19 @@ from lvae_jax.likelihoods import (
     quantisation_noise,
     replay,
 )
-from lvae_jax.networks import Network, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
-from lvae_jax.training import TrainState, init_state, optimizer, train_step
+from lvae_jax.networks import Decoder, Encoder, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+from lvae_jax.priors import Prior, sampled_kl, standard_normal
+from lvae_jax.training import TrainState, init_state, optimizer, train_step, train_steps
 from lvae_jax.vae import (
     VAE,
     Scores,
     Terms,
+    conv_vae,
     elbo,
     generate,
     importance_bound,
     init,
+    mlp_vae,
     reconstruct,
     scores,
     summary,
@@ -49,8 +52,10 @@ from lvae_jax.vae import (
 __all__ = [
     "HEADS",
     "VAE",
+    "Decoder",
+    "Encoder",
     "Likelihood",
-    "Network",
+    "Prior",
     "Schedule",
     "Scores",
     "Terms",
@@ -58,6 +63,7 @@ __all__ = [
     "constant",
     "conv_decoder",
     "conv_encoder",
+    "conv_vae",
     "dequantize",
     "discretised",
     "elbo",
@@ -75,13 +81,17 @@ __all__ = [
     "mixture",
     "mlp_decoder",
     "mlp_encoder",
+    "mlp_vae",
     "optimal",
     "optimizer",
     "quantisation_noise",
     "reconstruct",
     "replay",
+    "sampled_kl",
     "scores",
+    "standard_normal",
     "summary",
     "theory",
     "train_step",
+    "train_steps",
 ]

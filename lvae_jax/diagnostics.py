@@ -21,10 +21,11 @@ INTERVALS = (0.5, 0.9, 0.95)
 class Details(NamedTuple):
     """What `diagnostics` needs to know of each of B examples; the last axis is theirs, L is the latent size.
 
-    Standardised residuals are (x - mean) / stddev of p(x|z), z ~ q(z|x), one for each data dimension.
+    Standardised residuals, one for each data dimension, are those of `Terms`: where the head has no correlations,
+    (x - mean) / stddev of p(x|z), z ~ q(z|x).
 
     Attributes:
-      latent_kl: [L, B], KL(q(z|x) || p(z)) in nats of each latent dimension.
+      latent_kl: [L, B], KL(q(z|x) || N(0, I)) in nats of each latent dimension, whatever the prior.
       posterior_mean: [L, B], the mean of q(z|x).
       at_floor: [B], the fraction of data dimensions whose stddev is within 5 % of the head's floor.
       residual, residual_square: [B], means over data dimensions of the standardised residuals and of their squares.
@@ -46,7 +47,8 @@ class Diagnostics(NamedTuple):
     stddev 1, coverage as `INTERVALS` says.
 
     Attributes:
-      latent_kl: [..., L], mean KL in nats of each latent dimension; their sum is the KL of `Scores`.
+      latent_kl: [..., L], mean KL to N(0, 1) in nats of each latent dimension; under the prior N(0, I) their sum is the
+        KL of `Scores`.
       active_units: [...], the number of latent dimensions whose posterior mean has a variance above 0.01 over the
         examples (Burda et al., Importance Weighted Autoencoders, ICLR 2016, 5.2).
       active_directions: [...], the same of principal directions of the posterior means: no rotation of the latent space
@@ -69,18 +71,17 @@ class Diagnostics(NamedTuple):
     coverage: Float[np.ndarray, "..."]
 
 
-def details(terms: Terms, x: Float[Array, "B *S"], *, floor: float) -> Details:
-    """The details of each example x, given the terms of its bound and the `floor` of the head's stddev."""
-    axes = tuple(range(1, x.ndim))
-    residual = (x - terms.mean) / terms.stddev
+def details(terms: Terms, *, floor: float) -> Details:
+    """The details of each example, given the terms of its bound and the `floor` of the head's stddev."""
+    axes = tuple(range(1, terms.residual.ndim))
     limits = [NormalDist().inv_cdf(0.5 + 0.5 * probability) for probability in INTERVALS]
     return Details(
         latent_kl=gaussians.kl_to_standard(terms.posterior_mean, terms.posterior_log_stddev).T,
         posterior_mean=terms.posterior_mean.T,
         at_floor=jnp.mean(terms.stddev <= 1.05 * floor, axis=axes),
-        residual=jnp.mean(residual, axis=axes),
-        residual_square=jnp.mean(residual**2, axis=axes),
-        covered=jnp.stack([jnp.mean(jnp.abs(residual) <= limit, axis=axes) for limit in limits]),
+        residual=jnp.mean(terms.residual, axis=axes),
+        residual_square=jnp.mean(terms.residual**2, axis=axes),
+        covered=jnp.stack([jnp.mean(jnp.abs(terms.residual) <= limit, axis=axes) for limit in limits]),
     )
 
 

@@ -25,7 +25,7 @@ def examine(
     """The scores [B] of the examples x [B, *S] as the model sees them, and their details, which `diagnostics.summarise`
     averages; their global indices `index` [B] decide the draws of z."""
     terms = vae_lib.elbo(datasets.example_keys(key, index), vae, params, x)
-    return vae_lib.scores(terms, x), diagnostics.details(terms, x, floor=vae.likelihood.floor)
+    return vae_lib.scores(terms, x), diagnostics.details(terms, floor=vae.likelihood.floor)
 
 
 def as_probabilities(vae: VAE, *, levels: int, dequantised: bool = False) -> VAE:

@@ -82,6 +82,9 @@ class Likelihood(NamedTuple):
       sample: (key, params, outputs [B, *S, K]) -> [B, *S], a draw from p(x|z).
       log_mass: (params, outputs [B, *S, K], levels k [B, *S], grid) -> [B, *S], the log probability of each dimension's
         level in nats, if the dimensions are independent given z and the head knows it. `discretised` needs it.
+      standardise: (params, outputs [B, *S, K], x [B, *S]) -> [B, *S], L^-1 (x - mean), where L L^T is the covariance of
+        p(x|z): residuals whose covariance is the identity if x is drawn from it. None if the dimensions are
+        uncorrelated given z; then it is (x - mean) / stddev.
     """
 
     outputs: int
@@ -93,6 +96,7 @@ class Likelihood(NamedTuple):
     log_prob: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, " B"]]
     sample: Callable[[Key[Array, ""], Params, Float[Array, "B *S K"]], Float[Array, "B *S"]]
     log_mass: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"], Grid], Float[Array, "B *S"]] | None = None
+    standardise: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
 
 
 def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:

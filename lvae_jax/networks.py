@@ -1,8 +1,7 @@
 """Encoders and decoders as pairs of pure functions. Data have any shape *S, latent variables are [B, L].
 
-An encoder's `apply(params, x [B, *S])` gives the posterior's (mean, log_stddev), both [B, L]; a decoder's
-`apply(params, z [B, L])` gives the outputs [B, *S, K] of which a likelihood head makes p(x|z). Any pair of functions of
-these shapes may stand in for them.
+An encoder gives the posterior's mean and log stddev, a decoder the outputs [B, *S, K] of which a likelihood head makes
+p(x|z). Any pair of functions of the same shapes can take their place.
 
 The last layer starts small: the posterior starts near the prior, the decoder's mean near zero and a learned log sigma
 near its initial value. `dtype` is that of the arithmetic up to the last layer, such as bfloat16; parameters, the last
@@ -12,7 +11,7 @@ layer and all outputs are float32.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -28,12 +27,32 @@ LOG_STDDEV_RANGE = (-10.0, 1.0)
 _small = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
 
 
-class Network(NamedTuple):
-    """init: key -> params. apply: (params, inputs) -> outputs, as the module's docstring says for encoders and
-    decoders."""
+class Encoder(NamedTuple):
+    """q(z|x) = N(mean, diag stddev^2).
+
+    Attributes:
+      init: key -> params.
+      apply: (params, x [B, *S]) -> (mean, log_stddev), both [B, L]. One that is conditioned takes a third argument,
+        the condition [B, C].
+    """
 
     init: Callable[[Key[Array, ""]], Any]
-    apply: Callable[[Any, Float[Array, "..."]], Any]
+    apply: Callable[..., tuple[Float[Array, "B L"], Float[Array, "B L"]]]
+
+
+class Decoder(NamedTuple):
+    """The outputs that a likelihood head turns into p(x|z).
+
+    Attributes:
+      init: key -> params.
+      apply: (params, z [B, L]) -> [B, *S, K]. One that is conditioned takes a third argument, the condition [B, C].
+    """
+
+    init: Callable[[Key[Array, ""]], Any]
+    apply: Callable[..., Float[Array, "B *S K"]]
+
+
+Coder = TypeVar("Coder", Encoder, Decoder)
 
 
 def mlp_encoder(
@@ -43,7 +62,7 @@ def mlp_encoder(
     width: int = 200,
     num_blocks: int = 4,
     dtype: DTypeLike | None = None,
-) -> Network:
+) -> Encoder:
     """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size`
     dimensions."""
     return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks, dtype), shape)
@@ -57,7 +76,7 @@ def mlp_decoder(
     width: int = 200,
     num_blocks: int = 4,
     dtype: DTypeLike | None = None,
-) -> Network:
+) -> Decoder:
     """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs]."""
     module = _ResidualMLP(math.prod(shape) * outputs, width, num_blocks, dtype)
     return _decoder(module, shape, outputs, latent_size)
@@ -70,7 +89,7 @@ def conv_encoder(
     widths: Sequence[int] = (32, 64, 64),
     num_blocks: int = 4,
     dtype: DTypeLike | None = None,
-) -> Network:
+) -> Encoder:
     """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST:
     3 and 4, CelebA: 4 and 5)."""
     return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks, dtype), shape)
@@ -84,33 +103,33 @@ def conv_decoder(
     widths: Sequence[int] = (32, 64, 64),
     num_blocks: int = 4,
     dtype: DTypeLike | None = None,
-) -> Network:
+) -> Decoder:
     """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C,
     outputs]."""
     module = _ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks, dtype)
     return _decoder(module, shape, outputs, latent_size)
 
 
-def frozen(network: Network) -> Network:
-    """The network, whose parameters get no gradient, nor does what lies before it."""
+def frozen(network: Coder) -> Coder:
+    """The encoder or decoder, whose parameters get no gradient, nor do its inputs."""
 
-    def apply(params: Any, inputs: Float[Array, "..."]) -> Any:
-        return jax.lax.stop_gradient(network.apply(params, inputs))
+    def apply(*arguments: Any) -> Any:
+        return jax.lax.stop_gradient(network.apply(*arguments))
 
     return network._replace(apply=apply)
 
 
-def side_by_side(first: Network, second: Network) -> Network:
+def side_by_side(first: Decoder, second: Decoder) -> Decoder:
     """A decoder whose channels are those of two decoders, with parameters {"first": ..., "second": ...}."""
 
     def init(key: Key[Array, ""]) -> Any:
         return {name: network.init(k) for (name, network), k in zip(parts.items(), jax.random.split(key), strict=True)}
 
-    def apply(params: Any, z: Float[Array, "B L"]) -> Float[Array, "B *S K"]:
-        return jnp.concatenate([network.apply(params[name], z) for name, network in parts.items()], axis=-1)
+    def apply(params: Any, *inputs: Float[Array, "..."]) -> Float[Array, "B *S K"]:
+        return jnp.concatenate([network.apply(params[name], *inputs) for name, network in parts.items()], axis=-1)
 
     parts = {"first": first, "second": second}
-    return Network(init, apply)
+    return Decoder(init, apply)
 
 
 class _ResidualMLP(nn.Module):
@@ -212,7 +231,7 @@ class _ConvDecoder(nn.Module):
         return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
 
 
-def _encoder(module: nn.Module, shape: Sequence[int]) -> Network:
+def _encoder(module: nn.Module, shape: Sequence[int]) -> Encoder:
     def init(key: Key[Array, ""]) -> Any:
         return module.init(key, jnp.zeros((1, *shape)))
 
@@ -220,14 +239,14 @@ def _encoder(module: nn.Module, shape: Sequence[int]) -> Network:
         mean, log_stddev = jnp.split(module.apply(params, x), 2, axis=-1)
         return mean, gaussians.soft_clip(log_stddev, *LOG_STDDEV_RANGE)
 
-    return Network(init, apply)
+    return Encoder(init, apply)
 
 
-def _decoder(module: nn.Module, shape: Sequence[int], outputs: int, latent_size: int) -> Network:
+def _decoder(module: nn.Module, shape: Sequence[int], outputs: int, latent_size: int) -> Decoder:
     def init(key: Key[Array, ""]) -> Any:
         return module.init(key, jnp.zeros((1, latent_size)))
 
     def apply(params: Any, z: Float[Array, "B L"]) -> Float[Array, "B *S K"]:
         return module.apply(params, z).reshape(-1, *shape, outputs)
 
-    return Network(init, apply)
+    return Decoder(init, apply)

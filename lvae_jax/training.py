@@ -140,6 +140,29 @@ def train_step(
     return TrainState(step, params, opt_state, ema), Metrics(scores, optax.tree.norm(gradients))
 
 
+def train_steps(
+    key: Key[Array, ""],
+    vae: VAE,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batches: Float[Array, "K B *S"],
+    *,
+    beta: float | Schedule = 1.0,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """`train_step` on each of K batches in turn, as one scan; metrics are [K].
+
+    A step draws from fold_in(key, state.step): K steps at once, or in several calls with the same key, give the same
+    numbers. On a CPU a scan slows convolutions down many times (jax issue 12868): call `train_step` for those.
+    """
+
+    def one(state: TrainState, x: Float[Array, "B *S"]) -> tuple[TrainState, Metrics]:
+        step_key, index = jax.random.fold_in(key, state.step), jnp.arange(len(x))
+        return train_step(step_key, vae, optimizer, state, x, index, beta=beta, ema_decay=ema_decay)
+
+    return jax.lax.scan(one, state, batches)
+
+
 Batch = Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]  # see `datasets.Dataset`
 
 

@@ -1,30 +1,34 @@
 """The variational auto-encoder and its bounds on log p(x), in nats.
 
-Model: p(z) = N(0, I), p(x|z) = an observation model from `likelihoods`; q(z|x) = N(mean, diag stddev^2) from the
-  encoder. Every bound is per example, [B]; the mean over examples is the caller's last line. Randomness comes from
-  `keys` [B], one for each example, so that no number depends on how a batch is split over devices.
+Model: p(z) from `priors`, by default N(0, I); p(x|z), an observation model from `likelihoods`; q(z|x) = N(mean, diag
+  stddev^2) from the encoder. Every bound is per example, [B]; the mean over examples is the caller's last line.
+  Randomness comes from `keys` [B], one for each example: no number depends on how a batch is split over devices.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from lvae_jax import gaussians
+from lvae_jax import gaussians, networks, priors
 from lvae_jax.likelihoods import Likelihood
-from lvae_jax.networks import Network
+from lvae_jax.networks import Decoder, Encoder
+from lvae_jax.priors import Prior
 
 Params = dict[str, Any]
+STANDARD_NORMAL = priors.standard_normal()
 
 
 class VAE(NamedTuple):
-    """A model. Its parameters are a dict with the keys encoder, decoder and likelihood."""
+    """A model. Its parameters are a dict with the keys encoder, decoder and likelihood, and prior if that has any."""
 
-    encoder: Network
-    decoder: Network
+    encoder: Encoder
+    decoder: Decoder
     likelihood: Likelihood
     latent_size: int
+    prior: Prior = STANDARD_NORMAL
 
 
 class Terms(NamedTuple):
@@ -36,6 +40,7 @@ class Terms(NamedTuple):
       mean: [B, *S], the mean of p(x|z): the reconstruction.
       stddev: [B, *S], the standard deviation of p(x|z).
       posterior_mean, posterior_log_stddev: [B, L], of q(z|x).
+      residual: [B, *S], the standardised residuals of x: `Likelihood.standardise`.
     """
 
     log_likelihood: Float[Array, " B"]
@@ -44,6 +49,7 @@ class Terms(NamedTuple):
     stddev: Float[Array, "B *S"]
     posterior_mean: Float[Array, "B L"]
     posterior_log_stddev: Float[Array, "B L"]
+    residual: Float[Array, "B *S"]
 
     @property
     def elbo(self) -> Float[Array, " B"]:
@@ -69,30 +75,90 @@ class Scores(NamedTuple):
     sigma_max: Float[Array, "..."]
 
 
+def mlp_vae(
+    shape: Sequence[int],
+    likelihood: Likelihood,
+    *,
+    latent_size: int,
+    prior: Prior = STANDARD_NORMAL,
+    **network: Any,
+) -> VAE:
+    """The VAE of `networks.mlp_encoder` and `networks.mlp_decoder`, whose options `network` are, for data of this
+    shape."""
+    encoder = networks.mlp_encoder(shape, latent_size, **network)
+    decoder = networks.mlp_decoder(shape, likelihood.outputs, latent_size, **network)
+    return VAE(encoder, decoder, likelihood, latent_size, prior)
+
+
+def conv_vae(
+    shape: Sequence[int],
+    likelihood: Likelihood,
+    *,
+    latent_size: int,
+    prior: Prior = STANDARD_NORMAL,
+    **network: Any,
+) -> VAE:
+    """The VAE of `networks.conv_encoder` and `networks.conv_decoder`, whose options `network` are, for images of this
+    shape [H, W, C]."""
+    encoder = networks.conv_encoder(shape, latent_size, **network)
+    decoder = networks.conv_decoder(shape, likelihood.outputs, latent_size, **network)
+    return VAE(encoder, decoder, likelihood, latent_size, prior)
+
+
 def init(key: Key[Array, ""], vae: VAE) -> Params:
-    """Initial parameters of all three parts, a dict as `VAE` says."""
+    """Initial parameters of all parts, a dict as `VAE` says."""
     encoder_key, decoder_key = jax.random.split(key)
-    return {
+    params = {
         "encoder": vae.encoder.init(encoder_key),
         "decoder": vae.decoder.init(decoder_key),
         "likelihood": vae.likelihood.init(),
     }
+    # A prior without parameters leaves no trace: checkpoints from before priors were chosen stay as they are.
+    prior = vae.prior.init(jax.random.fold_in(key, 2))
+    return params | ({"prior": prior} if prior else {})
 
 
-def elbo(keys: Key[Array, " B"], vae: VAE, params: Params, x: Float[Array, "B *S"]) -> Terms:
+def encode(
+    vae: VAE, params: Params, x: Float[Array, "B *S"], *, condition: Float[Array, "B C"] | None = None
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """The mean and the log stddev of q(z|x), both [B, L]. Only a network that is conditioned gets a condition."""
+    inputs = (x,) if condition is None else (x, condition)
+    return vae.encoder.apply(params["encoder"], *inputs)
+
+
+def decode(
+    vae: VAE, params: Params, z: Float[Array, "B L"], *, condition: Float[Array, "B C"] | None = None
+) -> Float[Array, "B *S K"]:
+    """The outputs [B, *S, K] of which the likelihood head makes p(x|z)."""
+    inputs = (z,) if condition is None else (z, condition)
+    return vae.decoder.apply(params["decoder"], *inputs)
+
+
+def elbo(
+    keys: Key[Array, " B"],
+    vae: VAE,
+    params: Params,
+    x: Float[Array, "B *S"],
+    *,
+    condition: Float[Array, "B C"] | None = None,
+) -> Terms:
     """The evidence lower bound (Eq. 3) on log p(x), x [B, *S], by its terms, [B] nats each, at a reparameterised
-    z ~ q(z|x), for which each example has its key."""
-    mean, log_stddev = vae.encoder.apply(params["encoder"], x)
+    z ~ q(z|x), for which each example has its key. A `condition` goes to encoder and decoder: the bound is then on
+    log p(x|condition)."""
+    mean, log_stddev = encode(vae, params, x, condition=condition)
     z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
-    outputs = vae.decoder.apply(params["decoder"], z)
+    outputs = decode(vae, params, z, condition=condition)
     head, head_params = vae.likelihood, params["likelihood"]
+    means, stddevs = head.mean(head_params, outputs), head.stddev(head_params, outputs)
+    standardise = head.standardise
     return Terms(
         log_likelihood=head.log_prob(head_params, outputs, x),
-        kl=jnp.sum(gaussians.kl_to_standard(mean, log_stddev), axis=-1),
-        mean=head.mean(head_params, outputs),
-        stddev=head.stddev(head_params, outputs),
+        kl=vae.prior.kl(_of_prior(params), mean, log_stddev, z),
+        mean=means,
+        stddev=stddevs,
         posterior_mean=mean,
         posterior_log_stddev=log_stddev,
+        residual=(x - means) / stddevs if standardise is None else standardise(head_params, outputs, x),
     )
 
 
@@ -131,13 +197,13 @@ def importance_bound(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    mean, log_stddev = vae.encoder.apply(params["encoder"], x)
+    mean, log_stddev = encode(vae, params, x)
 
     def log_weight(k: Int[Array, ""]) -> Float[Array, " B"]:
         z = jax.vmap(gaussians.sample)(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, k), mean, log_stddev)
-        log_prior = jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1)
+        log_prior = vae.prior.log_prob(_of_prior(params), z)
         log_posterior = jnp.sum(gaussians.log_prob(z, mean, log_stddev), axis=-1)
-        outputs = vae.decoder.apply(params["decoder"], z)
+        outputs = decode(vae, params, z)
         return vae.likelihood.log_prob(params["likelihood"], outputs, x) + log_prior - log_posterior
 
     log_weights = jax.lax.map(log_weight, jnp.arange(num_samples))
@@ -149,7 +215,8 @@ def evidence(
 ) -> Float[Array, " B"]:
     """log p(x) = log of the integral of p(x|z) p(z) over z in nats, [B], for one or two latent dimensions.
 
-    By the trapezoid rule with `num_nodes` nodes along each dimension from -reach to reach. Its error falls
+    By the trapezoid rule with `num_nodes` nodes along each dimension from -reach to reach, which have to hold the mass
+    of the prior. Its error falls
     exponentially once neighbouring nodes are no further apart than the true posterior's stddev; compare with half as
     many nodes.
 
@@ -163,8 +230,8 @@ def evidence(
 
     def add_row(total: Float[Array, " B"], node: Float[Array, ""]) -> tuple[Float[Array, " B"], None]:
         row = nodes[:, None] if vae.latent_size == 1 else jnp.stack([jnp.full_like(nodes, node), nodes], axis=-1)
-        outputs = vae.decoder.apply(params["decoder"], row)
-        log_weight = jnp.sum(gaussians.log_prob(row, jnp.zeros(()), jnp.zeros(())) + jnp.log(spacing), axis=-1)
+        outputs = decode(vae, params, row)
+        log_weight = vae.prior.log_prob(_of_prior(params), row) + vae.latent_size * jnp.log(spacing)
 
         def one(x: Float[Array, "*S"]) -> Float[Array, ""]:
             copies = jnp.broadcast_to(x[None], (num_nodes, *x.shape))
@@ -177,24 +244,35 @@ def evidence(
     return jax.lax.scan(add_row, jnp.full(len(x), -jnp.inf), rows)[0]
 
 
-def reconstruct(vae: VAE, params: Params, x: Float[Array, "B *S"]) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"]]:
+def reconstruct(
+    vae: VAE, params: Params, x: Float[Array, "B *S"], *, condition: Float[Array, "B C"] | None = None
+) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"]]:
     """The (mean, stddev) of p(x|z) at the posterior's mean, both [B, *S]."""
-    mean, _ = vae.encoder.apply(params["encoder"], x)
-    outputs = vae.decoder.apply(params["decoder"], mean)
+    mean, _ = encode(vae, params, x, condition=condition)
+    outputs = decode(vae, params, mean, condition=condition)
     return vae.likelihood.mean(params["likelihood"], outputs), vae.likelihood.stddev(params["likelihood"], outputs)
 
 
 def generate(
-    key: Key[Array, ""], vae: VAE, params: Params, *, num_samples: int
+    key: Key[Array, ""],
+    vae: VAE,
+    params: Params,
+    *,
+    num_samples: int,
+    condition: Float[Array, "B C"] | None = None,
 ) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"], Float[Array, "B *S"]]:
     """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from:
     (samples, means, stddevs)."""
     prior_key, likelihood_key = jax.random.split(key)
-    z = jax.random.normal(prior_key, (num_samples, vae.latent_size))
-    outputs = vae.decoder.apply(params["decoder"], z)
+    z = vae.prior.sample(prior_key, _of_prior(params), (num_samples, vae.latent_size))
+    outputs = decode(vae, params, z, condition=condition)
     head, head_params = vae.likelihood, params["likelihood"]
     return (
         head.sample(likelihood_key, head_params, outputs),
         head.mean(head_params, outputs),
         head.stddev(head_params, outputs),
     )
+
+
+def _of_prior(params: Params) -> Params:
+    return params.get("prior", {})

@@ -28,6 +28,7 @@ LEVELS = [
     "figures",
     "likelihoods",
     "networks",
+    "priors",
     "vae",
     "training",
     "devices",

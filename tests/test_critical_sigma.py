@@ -12,7 +12,7 @@ from conftest import call, run_command
 from experiments import command, critical_sigma, sigma_sweep
 from lvae_jax import datasets, diagnostics, likelihoods, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
-from lvae_jax.networks import Network
+from lvae_jax.networks import Decoder, Encoder
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
 
@@ -43,11 +43,11 @@ def linear_vae(sigma):
         weights = 0.1 * jax.random.normal(key, (4, LATENT_SIZE))
         return {"w": weights, "b": jnp.zeros(LATENT_SIZE), "log_stddev": jnp.zeros(LATENT_SIZE)}
 
-    decoder = Network(
+    decoder = Decoder(
         lambda key: {"w": 0.1 * jax.random.normal(key, (LATENT_SIZE, 4)), "b": jnp.zeros(4)},
         lambda params, z: (z @ params["w"] + params["b"][None])[..., None],
     )
-    return vae_lib.VAE(Network(init, encode), decoder, likelihoods.fixed(sigma), LATENT_SIZE)
+    return vae_lib.VAE(Encoder(init, encode), decoder, likelihoods.fixed(sigma), LATENT_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_linear_vaes_reach_the_limit(linear_vaes, index):
     assert best - 2e-3 < log_likelihood - kl < best + 1e-6
     keys = datasets.example_keys(jax.random.key(2), jnp.arange(SIZE))
     terms = vae_lib.elbo(keys, linear_vae(sigma), params, jnp.array(x))
-    found = diagnostics.summarise(diagnostics.details(terms, jnp.array(x), floor=0.0))
+    found = diagnostics.summarise(diagnostics.details(terms, floor=0.0))
     assert found.active_directions == np.sum(sigma < STDDEVS)
     draws = np.float64(terms.elbo)
     assert abs(draws.mean() - log_likelihood + kl) < 4.0 * draws.std() / np.sqrt(SIZE), "the bound is that of `elbo`"

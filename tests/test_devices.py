@@ -50,7 +50,8 @@ def standard_vae(draws, shape, sigma):
         jax.debug.callback(lambda z: draws.append(np.asarray(z)), z)
         return jnp.broadcast_to(params, (len(z), *shape, 1))
 
-    encoder, decoder = (networks.Network(lambda key: jnp.zeros(()), apply) for apply in (encode, decode))
+    encoder = networks.Encoder(lambda key: jnp.zeros(()), encode)
+    decoder = networks.Decoder(lambda key: jnp.zeros(()), decode)
     return vae_lib.VAE(encoder, decoder, likelihood, LATENT)
 
 

@@ -10,7 +10,7 @@ from test_evaluation import POINTS, POSTERIOR_VARIANCE, SIGMA, examined, linear
 from lvae_jax import diagnostics, likelihoods
 from lvae_jax import vae as vae_lib
 from lvae_jax.diagnostics import INTERVALS
-from lvae_jax.networks import Network
+from lvae_jax.networks import Decoder, Encoder
 
 
 def test_kl_is_the_sum_of_its_latent_dimensions():
@@ -60,11 +60,12 @@ def test_a_wrong_sigma_shows_in_sigma_factor_and_coverage(factor):
     np.testing.assert_allclose(found.coverage, expected, atol=4.0 * 0.5 / np.sqrt(n))
 
 
-def terms_of(mean, stddev, posterior_mean=None):
+def terms_of(mean, stddev, posterior_mean=None, *, x=0.0):
     """Terms [B] with these moments of p(x|z)."""
     zeros = jnp.zeros(len(mean))
     latent = jnp.zeros((len(mean), 1)) if posterior_mean is None else jnp.array(posterior_mean, jnp.float32)
-    return vae_lib.Terms(zeros, zeros, mean, stddev, latent, jnp.zeros_like(latent))
+    residual = (x - mean) / stddev
+    return vae_lib.Terms(zeros, zeros, mean, stddev, latent, jnp.zeros_like(latent), residual)
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.5, 0.3), (0.5, -1.0)])
@@ -73,7 +74,7 @@ def test_residuals_of_a_vector_of_sigmas_are_scipys(scale, shift):
     mean, noise = rng.normal(size=(2, *shape)).astype(np.float32)
     stddev = rng.uniform(0.01, 3.0, shape).astype(np.float32)
     x = jnp.array(mean + stddev * (scale * noise + shift))
-    details = diagnostics.details(terms_of(jnp.array(mean), jnp.array(stddev)), x, floor=0.0)
+    details = diagnostics.details(terms_of(jnp.array(mean), jnp.array(stddev), x=x), floor=0.0)
     found, true, n = diagnostics.summarise(details), stats.norm(shift, scale), noise.size
     np.testing.assert_allclose(found.residual_mean, shift, atol=4.0 * scale / np.sqrt(n))
     np.testing.assert_allclose(found.residual_stddev, scale, rtol=4.0 / np.sqrt(2.0 * n))
@@ -94,7 +95,7 @@ def test_active_units_have_a_variance_above_a_hundredth():
     means = rng.permuted(np.linspace(-1.0, 1.0, 5000)[:, None].repeat(5, 1), axis=0) * np.sqrt(3.0)
     means = means * np.sqrt([0.0, 0.009, 0.011, 1.0, 0.0])[None] + [5.0, 50.0, -50.0, 0.0, 0.2]
     ones = jnp.ones((5000, 1))
-    found = diagnostics.summarise(diagnostics.details(terms_of(ones, ones, means), ones, floor=0.0))
+    found = diagnostics.summarise(diagnostics.details(terms_of(ones, ones, means), floor=0.0))
     assert found.active_units == 2
 
 
@@ -110,10 +111,10 @@ def test_active_directions_do_not_depend_on_the_rotation(variances, directions):
     for _ in range(10):
         rotation = stats.special_ortho_group.rvs(3, random_state=rng)
         means = white * np.sqrt(variances) @ rotation + rng.normal(size=3) * 3.0
-        found = diagnostics.summarise(diagnostics.details(terms_of(ones, ones, means), ones, floor=0.0))
+        found = diagnostics.summarise(diagnostics.details(terms_of(ones, ones, means), floor=0.0))
         assert found.active_directions == directions
         units.append(found.active_units)
-    straight = diagnostics.details(terms_of(ones, ones, white * np.sqrt(variances)), ones, floor=0.0)
+    straight = diagnostics.details(terms_of(ones, ones, white * np.sqrt(variances)), floor=0.0)
     assert diagnostics.summarise(straight).active_units == directions, "unrotated, they are the same"
     if 0 < directions < 3:
         assert max(units) > directions
@@ -123,14 +124,14 @@ def test_active_directions_do_not_depend_on_the_rotation(variances, directions):
 def test_floor_fraction_counts_sigmas_at_the_floor(head):
     vae, x = linear()[0]._replace(likelihood=likelihoods.discretised(head(1e-6, floor=0.3))), POINTS[:8]
     channels = jnp.array([0.0, -9.0]) if head is likelihoods.learned_vector else jnp.zeros(1)
-    decoder = Network(vae.decoder.init, lambda params, z: jnp.tile(channels[: vae.likelihood.outputs], (len(z), 1, 1)))
+    decoder = Decoder(vae.decoder.init, lambda params, z: jnp.tile(channels[: vae.likelihood.outputs], (len(z), 1, 1)))
     vae = vae._replace(decoder=decoder)
     found = diagnostics.summarise(examined(vae, vae_lib.init(jax.random.key(0), vae), x)[1])
     assert found.floor_fraction == 1.0
     stddev = jnp.array([[0.3, 0.31, 0.32, 0.5]])
-    details = diagnostics.details(terms_of(0 * stddev, stddev), 0 * stddev, floor=0.3)
+    details = diagnostics.details(terms_of(0 * stddev, stddev), floor=0.3)
     np.testing.assert_allclose(details.at_floor, [0.5])
-    details = diagnostics.details(terms_of(0 * stddev, stddev), 0 * stddev, floor=0.0)
+    details = diagnostics.details(terms_of(0 * stddev, stddev), floor=0.0)
     np.testing.assert_array_equal(details.at_floor, [0.0])
 
 
@@ -187,7 +188,7 @@ def test_residuals_of_a_discretised_head_are_not_judged():
 
 def test_a_decoder_that_ignores_z_is_diagnosed():
     vae, _ = linear()
-    blind = Network(vae.encoder.init, lambda params, x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))))
-    vae = vae._replace(encoder=blind, decoder=Network(vae.decoder.init, lambda params, z: 0.0 * z[:, :1, None]))
+    blind = Encoder(vae.encoder.init, lambda params, x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))))
+    vae = vae._replace(encoder=blind, decoder=Decoder(vae.decoder.init, lambda params, z: 0.0 * z[:, :1, None]))
     _, details = examined(vae, vae_lib.init(jax.random.key(0), vae))
     assert diagnostics.diagnosis(diagnostics.summarise(details)).startswith("posterior collapse")

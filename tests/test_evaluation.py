@@ -10,7 +10,7 @@ from scipy import optimize, stats
 
 from lvae_jax import diagnostics, evaluation, likelihoods, networks, toy
 from lvae_jax import vae as vae_lib
-from lvae_jax.networks import Network
+from lvae_jax.networks import Decoder, Encoder
 
 SIZE = 23
 
@@ -73,7 +73,7 @@ def test_paper_elbo_drops_the_constant():
 def test_elbo_at_another_sigma_is_that_of_the_same_networks_under_it(model, examples):
     """Of fixed heads that differ in nothing else, to the same draws of z."""
     learned, params = model
-    decoder = Network(learned.decoder.init, lambda params, z: learned.decoder.apply(params, z)[..., :1])
+    decoder = Decoder(learned.decoder.init, lambda params, z: learned.decoder.apply(params, z)[..., :1])
 
     vae = learned._replace(decoder=decoder, likelihood=likelihoods.fixed())
 
@@ -119,7 +119,7 @@ def linear(sigma=SIGMA, *, shift=0.0, unused=1):
         mean = jnp.pad(x / (1.0 + SIGMA**2) + shift, ((0, 0), (0, unused)))
         return mean, jnp.zeros_like(mean).at[:, 0].set(0.5 * jnp.log(POSTERIOR_VARIANCE))
 
-    nothing = Network(lambda key: {}, encode), Network(lambda key: {}, lambda params, z: z[:, :1, None])
+    nothing = Encoder(lambda key: {}, encode), Decoder(lambda key: {}, lambda params, z: z[:, :1, None])
     vae = vae_lib.VAE(*nothing, likelihoods.fixed(sigma), 1 + unused)
     return vae, vae_lib.init(jax.random.key(0), vae)
 

@@ -233,8 +233,8 @@ def test_same_command_writes_same_bytes(toy, tmp_path, no_data):
 
 def transparent_vae():
     """z is the mean of p(x|z), and x that of q(z|x)."""
-    encoder = networks.Network(lambda key: {}, lambda params, x: (x, jnp.zeros(x.shape)))
-    decoder = networks.Network(lambda key: {}, lambda params, z: z[..., None])
+    encoder = networks.Encoder(lambda key: {}, lambda params, x: (x, jnp.zeros(x.shape)))
+    decoder = networks.Decoder(lambda key: {}, lambda params, z: z[..., None])
     return vae_lib.VAE(encoder, decoder, likelihoods.fixed(0.1), 2)
 
 

@@ -272,7 +272,7 @@ def test_radius_with_exact_posterior(relative_sigma):
     """A decoder trained on log p(x) by quadrature, which has no Gaussian posterior to suffer from."""
     sigma, steps, circle = relative_sigma * theory.critical_sigma(dim=2), 1500, datasets.sphere_stream(2)
     decoder = networks.mlp_decoder((2,), 1, 1, width=64, num_blocks=2)
-    none = networks.Network(lambda key: {}, lambda params, x: (jnp.zeros((len(x), 1)), jnp.zeros((len(x), 1))))
+    none = networks.Encoder(lambda key: {}, lambda params, x: (jnp.zeros((len(x), 1)), jnp.zeros((len(x), 1))))
     model = vae_lib.VAE(none, decoder, likelihoods.fixed(sigma), 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 

@@ -27,7 +27,7 @@ assert not loaded & {"experiments", "matplotlib", "orbax", "PIL", "tensorflow", 
 assert not {"absl.app", "scipy.stats"} & set(sys.modules)
 assert "flax.linen" in sys.modules
 head = lv.learned_scalar()
-vae = lv.VAE(lv.mlp_encoder((2,), 2), lv.mlp_decoder((2,), head.outputs, 2), head, latent_size=2)
+vae = lv.mlp_vae((2,), head, latent_size=2)
 params = lv.init(jax.random.key(0), vae)
 x = jax.random.normal(jax.random.key(1), (5, 2))
 elbo = lv.elbo(jax.random.split(jax.random.key(2), 5), vae, params, x).elbo

@@ -459,8 +459,8 @@ def test_held_out_images_are_dequantised(dequantized):
     dataset = datasets.image_dataset(black, black, dequantized=dequantized)
 
     def make_vae(sigma):
-        encoder = networks.Network(lambda key: {}, lambda params, x: (jnp.zeros((len(x), 1)), jnp.zeros((len(x), 1))))
-        decoder = networks.Network(lambda key: {}, lambda params, z: jnp.zeros((len(z), 8, 8, 1, 1)))
+        encoder = networks.Encoder(lambda key: {}, lambda params, x: (jnp.zeros((len(x), 1)), jnp.zeros((len(x), 1))))
+        decoder = networks.Decoder(lambda key: {}, lambda params, z: jnp.zeros((len(z), 8, 8, 1, 1)))
         return vae_lib.VAE(encoder, decoder, likelihoods.fixed(sigma), 1)
 
     programs = loop.compile_programs(dataset, make_vae, num_steps=1, beta=1.0)

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from lvae_jax import likelihoods, vae
-from lvae_jax.networks import Network
+from lvae_jax.networks import Decoder, Encoder
 
 # x = W z + OFFSET + SIGMA noise. The columns of W are orthogonal, so that the posterior of z is diagonal:
 # N(GAIN (x - OFFSET), diag POSTERIOR_STDDEV^2).
@@ -38,8 +38,8 @@ def decode(params, z):
 
 
 LINEAR = vae.VAE(
-    Network(lambda key: tuple(map(jnp.array, EXACT)), encode),
-    Network(lambda key: jnp.array(W, jnp.float32), decode),
+    Encoder(lambda key: tuple(map(jnp.array, EXACT)), encode),
+    Decoder(lambda key: jnp.array(W, jnp.float32), decode),
     likelihoods.fixed(SIGMA),
     2,
 )
@@ -136,7 +136,7 @@ def narrowed(latent_size, wrong=EXACT):
     """(model, parameters, exact evidence) of the linear model with its first one or two latent variables."""
     model, params = linear(wrong)
     weights = W[:, :latent_size]
-    encoder = Network(model.encoder.init, lambda params, x: tuple(part[:, :latent_size] for part in encode(params, x)))
+    encoder = Encoder(model.encoder.init, lambda params, x: tuple(part[:, :latent_size] for part in encode(params, x)))
     model = model._replace(encoder=encoder, latent_size=latent_size)
     exact = stats.multivariate_normal(OFFSET, weights @ weights.T + SIGMA**2 * np.eye(3))
     return model, params | {"decoder": params["decoder"][:, :latent_size]}, exact
@@ -172,8 +172,8 @@ def curved(latent_size):
         log_stddevs = np.stack([0.3 * first - 1.0, -0.5 + 0.0 * first, 0.2 * last - 0.7], axis=-1)
         return np.stack([means, log_stddevs], axis=-1)
 
-    encode = Network(lambda key: {}, lambda params, x: (0.3 * x[:, :latent_size], 0.0 * x[:, :latent_size] - 0.3))
-    model = vae.VAE(encode, Network(lambda key: {}, decode), likelihoods.learned_vector(gain=1.0), latent_size)
+    encode = Encoder(lambda key: {}, lambda params, x: (0.3 * x[:, :latent_size], 0.0 * x[:, :latent_size] - 0.3))
+    model = vae.VAE(encode, Decoder(lambda key: {}, decode), likelihoods.learned_vector(gain=1.0), latent_size)
     return model, vae.init(KEY, model), lambda z: decode({}, np.array(z), np)
 
 
@@ -245,7 +245,7 @@ def test_every_example_and_latent_variable_draws_its_own_noise():
 
 
 def test_init_draws_each_part_from_a_key_of_its_own():
-    draw = Network(lambda key: jax.random.normal(key, (3,)), lambda params, inputs: inputs)
+    draw = Encoder(lambda key: jax.random.normal(key, (3,)), lambda params, inputs: inputs)
     params = vae.init(KEY, vae.VAE(draw, draw, likelihoods.learned_scalar(0.3), 2))
     assert set(params) == {"encoder", "decoder", "likelihood"}
     assert not np.any(params["encoder"] == params["decoder"])
@@ -310,7 +310,7 @@ def test_scores_and_summary_are_numpys():
     log_likelihood, kl = rng.normal(size=(2, 5)).astype(np.float32)
     x, mean, stddev = rng.uniform(0.1, 2.0, size=(3, 5, 3, 4, 1)).astype(np.float32)
     posterior = 2 * (jnp.zeros((5, 2)),)
-    terms = vae.Terms(*map(jnp.array, (log_likelihood, kl, mean, stddev)), *posterior)
+    terms = vae.Terms(*map(jnp.array, (log_likelihood, kl, mean, stddev)), *posterior, residual=jnp.zeros_like(mean))
     scores, flat = vae.scores(terms, jnp.array(x)), stddev.reshape(5, -1)
     expected = vae.Scores(
         elbo=log_likelihood - kl,
