@@ -8,7 +8,7 @@ Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels 
 | head | name in the paper | log sigma |
 |---|---|---|
 | `fixed(0.1)` | F-VAE, F*-VAE | a constant |
-| `fixed(schedule)` | F-VAE, external schedule (A.2) | a function of the step |
+| `fixed(schedule)` | F-VAE, external schedule (A.2) | a function of the step, such as those of optax |
 | `learned_scalar()` | LS-VAE, Eq. 10 | one free parameter |
 | `learned_map(shape)` | | one free parameter for each data dimension |
 | `learned_vector()` | LV-VAE, Eq. 11 | a second decoder output for each data dimension |
@@ -365,36 +365,8 @@ HEADS: dict[str, Callable[..., Likelihood]] = {
     "logistic": logistic,
     "mixture": mixture,
 }
-"""Every head that needs nothing but its (initial) sigma, by its short name; each can be `discretised`. The command line
-and the property tests read this table."""
-
-
-def constant(sigma: float) -> Schedule:
-    """The schedule that stays at `sigma`.
-
-    Raises:
-      ValueError: sigma is not positive.
-    """
-    _check_sigma(sigma)
-    return lambda step: jnp.float32(sigma)
-
-
-def geometric(init: float, end: float, num_steps: int) -> Schedule:
-    """A schedule that decays sigma from `init` at step 0 to `end` at `num_steps` by a constant factor, and stays
-    there.
-
-    >>> sigma = geometric(1.0, 0.01, 100)
-    >>> [round(float(sigma(jnp.int32(step))), 4) for step in (0, 50, 100, 500)]
-    [1.0, 0.1, 0.01, 0.01]
-
-    Raises:
-      ValueError: `init`, `end` or `num_steps` is not positive.
-    """
-    _check_sigma(init)
-    _check_sigma(end)
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    return lambda step: init * (end / init) ** jnp.minimum(step / num_steps, 1.0)
+"""Every head that needs nothing but its (initial) sigma, by its short name; each can be `discretised`. The property
+tests read this table."""
 
 
 def replay(sigmas: Float[Array, " T"]) -> Schedule:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from scipy import special, stats
@@ -530,7 +531,7 @@ def test_probabilities_are_right_where_two_formulas_meet():
 
 
 def test_heads_without_log_mass_cannot_be_discretised():
-    laplace = bring_your_own.laplace(likelihoods.constant(0.1))
+    laplace = bring_your_own.laplace(lambda step: 0.1)
     with pytest.raises(ValueError, match="this head has no log_mass"):
         likelihoods.discretised(laplace)
 
@@ -573,16 +574,8 @@ def test_sigma_must_be_a_positive_number_of_float32(make):
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
 def test_sigmas_of_schedules_must_be_positive(bad):
-    for make in (
-        lambda: likelihoods.constant(bad),
-        lambda: likelihoods.geometric(bad, 0.1, 10),
-        lambda: likelihoods.geometric(1.0, bad, 10),
-        lambda: likelihoods.replay(jnp.array([1.0, bad, 0.5])),
-    ):
-        with pytest.raises(ValueError, match="sigma"):
-            make()
-    with pytest.raises(ValueError, match="num_steps"):
-        likelihoods.geometric(1.0, 0.1, 0)
+    with pytest.raises(ValueError, match="sigma"):
+        likelihoods.replay(jnp.array([1.0, bad, 0.5]))
 
 
 def half(step):
@@ -878,10 +871,10 @@ def test_update_sets_the_schedules_and_leaves_the_sigma_alone(names):
 
 RECORDED = (1.0, 0.7, 0.71, 0.2)
 SCHEDULES = {  # name: (schedule, its definition in float64)
-    "geometric": (likelihoods.geometric(1.0, 0.05, 10), lambda t: 0.05 ** (min(t, 10) / 10)),
-    "rising": (likelihoods.geometric(0.2, 2.0, 4), lambda t: 0.2 * 10.0 ** (min(t, 4) / 4)),
+    "geometric": (optax.exponential_decay(1.0, 10, 0.05, end_value=0.05), lambda t: 0.05 ** (min(t, 10) / 10)),
+    "rising": (optax.exponential_decay(0.2, 4, 10.0, end_value=2.0), lambda t: 0.2 * 10.0 ** (min(t, 4) / 4)),
     "replay": (likelihoods.replay(jnp.array(RECORDED)), lambda t: RECORDED[min(t, 3)]),
-    "constant": (likelihoods.constant(0.3), lambda t: 0.3),
+    "constant": (optax.constant_schedule(0.3), lambda t: 0.3),
     "lambda": (lambda step: 1.0 / (1.0 + step), lambda t: 1.0 / (1.0 + t)),
 }
 
@@ -898,12 +891,6 @@ def test_a_scheduled_head_is_at_each_step_the_fixed_one(schedule, definition):
         np.testing.assert_allclose(scheduled.stddev(params, outputs), definition(step), rtol=1e-5)
         expected = fixed.log_prob(fixed.init(), outputs, x)
         np.testing.assert_allclose(scheduled.log_prob(params, outputs, x), expected, rtol=1e-4)
-
-
-def test_geometric_changes_sigma_by_a_constant_factor():
-    sigmas = np.float64(jax.vmap(likelihoods.geometric(2.0, 0.02, 20))(jnp.arange(30)))
-    np.testing.assert_allclose(sigmas[[0, 20, 29]], [2.0, 0.02, 0.02], rtol=1e-6)
-    np.testing.assert_allclose(sigmas[1:21] / sigmas[:20], 0.01 ** (1 / 20), rtol=1e-5)
 
 
 # beta-VAE

@@ -136,7 +136,7 @@ def test_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps, decay):
     ("head", "sigma"),
     [
         (likelihoods.learned_scalar, 1.0),
-        (likelihoods.fixed, likelihoods.geometric(1.0, 0.1, 4)),
+        (likelihoods.fixed, optax.exponential_decay(1.0, 4, 0.1, end_value=0.1)),
         (likelihoods.optimal, 1.0),
     ],
 )
@@ -208,7 +208,7 @@ def test_learned_scalar_settles_at_the_mean_squared_error():
 
 
 def test_sigma_in_force_at_step_t_is_the_schedule_at_t():
-    states, metrics = take_steps(likelihoods.fixed, likelihoods.geometric(1.0, 0.1, 4), 3)
+    states, metrics = take_steps(likelihoods.fixed, optax.exponential_decay(1.0, 4, 0.1, end_value=0.1), 3)
     for step in range(3):
         np.testing.assert_allclose(metrics[step].scores.sigma_max, 0.1 ** (step / 4), rtol=1e-5)
         log_stddev = states[step + 1].params["likelihood"]["log_stddev"]
@@ -280,8 +280,8 @@ def test_replaying_a_learned_sigma_repeats_its_run():
 
 PARTS = {
     **{name: (head, 0.3) for name, head in likelihoods.HEADS.items()},
-    "constant": (likelihoods.fixed, likelihoods.constant(0.5)),
-    "geometric": (likelihoods.fixed, likelihoods.geometric(1.0, 0.1, 4)),
+    "constant": (likelihoods.fixed, optax.constant_schedule(0.5)),
+    "geometric": (likelihoods.fixed, optax.exponential_decay(1.0, 4, 0.1, end_value=0.1)),
     "number": (likelihoods.fixed, lambda step: 0.5),
     "where": (likelihoods.fixed, lambda step: jnp.where(step < 2, 1.0, 0.5)),
 }
