@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import loop
+from experiments import hosts
 from lvae_jax import datasets, runs
 
 HELP = ("--help", "-help", "-h", "--helpshort", "-?")
@@ -80,7 +80,7 @@ def start(name: str, main: Callable[[], None]) -> None:
         del argv
         logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX narrate
         try:
-            loop.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
+            hosts.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
             main()
         except (UsageError, datasets.DatasetError, runs.RunError) as error:
             sys.exit(f"{name}: {error}")

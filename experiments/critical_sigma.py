@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import command, loop
+from experiments import command, hosts
 from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
 
@@ -60,7 +60,7 @@ def run(
     trained = f_vaes(config)
 
     def compute(path: Path) -> dict[str, Any]:
-        dataset = loop.in_turn(lambda: datasets.load(config.dataset, **data, **places))
+        dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data, **places))
         runs.make_run(path, config._asdict())
         return measure(config, path, dataset, trained)
 

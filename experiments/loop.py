@@ -8,23 +8,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from lvae_jax import devices, diagnostics, evaluation, runs, training
 from lvae_jax import vae as vae_lib
-from lvae_jax.datasets import Dataset, example_keys, to_float
+from lvae_jax.datasets import Dataset, Stream, example_keys, stream_key, to_float
 from lvae_jax.likelihoods import Schedule
 from lvae_jax.training import TrainState
 from lvae_jax.vae import VAE, Scores
-
-Tree = TypeVar("Tree")
 
 CHECKPOINT_SECONDS = 60.0
 # Training examples lie on each device if they take at most this part of its memory, or, where a device keeps silent
@@ -83,55 +80,6 @@ class Programs(NamedTuple):
     pictures: Callable[..., Pictures]
 
 
-def connect(
-    *, distributed: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Joins several processes, on one host or on many, into one run; call it before JAX looks at its devices. Nothing
-    happens without `distributed` and an address.
-
-    Args:
-      distributed: asks the cluster (Slurm, Cloud TPU and others, see `jax.distributed.initialize`) for all else.
-
-    Raises:
-      runs.RunError: the arguments do not fit together, or the processes cannot be joined.
-    """
-    given = (coordinator_address, num_processes, process_id)
-    if not distributed and given == (None, None, None):
-        return
-    if not distributed and None in given:
-        raise runs.RunError("--coordinator_address, --num_processes and --process_id: give all three, or --distributed")
-    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise runs.RunError(f"--process_id={process_id}: must be from 0 to num_processes - 1 = {num_processes - 1}")
-    try:
-        jax.distributed.initialize(*given)
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise runs.RunError(
-            f"cannot join the processes ({reason}): give --coordinator_address=HOST:PORT, --num_processes and "
-            "--process_id"
-        ) from None
-
-
-def in_turn(load: Callable[[], Tree]) -> Tree:
-    """What `load` returns, called by process 0 first and then, when all that it writes is there, by the others.
-
-    Raises:
-      runs.RunError: process 0 has failed. Whatever `load` raises.
-    """
-    loaded, error = None, None
-    if jax.process_index() == 0:
-        try:
-            loaded = load()
-        except Exception as caught:  # the others would wait for ever
-            error = caught
-    failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise runs.RunError("process 0 could not load the data: its message says why")
-    return load() if loaded is None else loaded
-
-
 def layout(dataset: Dataset) -> devices.Layout:
     """How training uses the devices: images split their batches over the devices of all processes, points in the plane
     their members over those of one; there, all processes do the same."""
@@ -175,8 +123,8 @@ def compile_programs(
 
     def examine(seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array) -> Examination:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Examination:
-            data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
-            vae, key = make_vae(sigma), jax.random.fold_in(jax.random.key(seed), 2)
+            data = dataset.test_batch(x, stream_key(seed, Stream.TEST_DATA), index)
+            vae, key = make_vae(sigma), stream_key(seed, Stream.EXAMINE)
             examination = Examination(*evaluation.examine(key, vae, params, data, index), code_elbo=None)
             if dataset.levels is None:
                 return examination
@@ -189,8 +137,8 @@ def compile_programs(
         seeds: Array, sigmas: Array, states: TrainState, x: Array, index: Array, num_samples: int, as_code: bool
     ) -> Array:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Array:
-            data = dataset.test_batch(x, jax.random.fold_in(jax.random.key(seed), 4), index)
-            key, vae = jax.random.fold_in(jax.random.key(seed), 5), make_vae(sigma)
+            data = dataset.test_batch(x, stream_key(seed, Stream.TEST_DATA), index)
+            key, vae = stream_key(seed, Stream.IMPORTANCE), make_vae(sigma)
             vae = code(vae) if as_code else vae
             return evaluation.importance_score(key, vae, params, data, index, num_samples=num_samples)
 
@@ -205,7 +153,7 @@ def compile_programs(
 
     def pictures(seeds: Array, sigmas: Array, states: TrainState, x: Array) -> Pictures:
         def one(seed: Array, sigma: Array, params: vae_lib.Params) -> Pictures:
-            vae, key, prior_key = make_vae(sigma), *jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+            vae, key, prior_key = make_vae(sigma), *jax.random.split(stream_key(seed, Stream.PICTURES))
             # The posterior's mean would not do: in many dimensions it lies where no draw ever is.
             terms = vae_lib.elbo(example_keys(key, jnp.arange(len(x))), vae, params, to_float(x, levels=dataset.levels))
             samples, means, _ = vae_lib.generate(prior_key, vae, params, num_samples=len(x))

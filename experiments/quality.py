@@ -206,7 +206,7 @@ def generators(path: Path, config: sweep.Config, summary: dict[str, Any]) -> dic
     def generator(draw: Callable[..., tuple[Array, ...]], member: dict[str, Any]) -> Callable[[int], Generated]:
         weights = sweep.restore(path, config, member["group"], member["variant"], shape)
         params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
-        key = jax.random.fold_in(jax.random.key(member["seed"]), 6)
+        key = datasets.stream_key(member["seed"], datasets.Stream.QUALITY)
 
         def generate_many(num_samples: int) -> Generated:
             keys = [jax.random.fold_in(key, chunk) for chunk in range(-(-num_samples // CHUNK))]

@@ -21,7 +21,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, loop, report, sweep
+from experiments import command, hosts, loop, report, sweep
 from experiments.sweep import (
     BALANCED,
     CELEBA_DEFAULTS,
@@ -72,7 +72,7 @@ def run(
 
     def compute(path: Path) -> dict[str, Any]:
         record = imported_record(config, path)
-        dataset = loop.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
+        dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
         runs.make_run(path, config._asdict())
         return train_all(config, path, dataset, record, echo)
 

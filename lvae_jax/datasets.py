@@ -5,6 +5,7 @@ host, `batch` makes them on the device. Examples are [B, *S] floats: points in t
 1], dequantised or on the grid k / (levels - 1). Images are kept as grey levels k, uint8.
 """
 
+import enum
 import functools
 import os
 from collections.abc import Callable
@@ -255,6 +256,23 @@ def image_dataset(
         batch=batch,
         test_batch=test_batch,
     )
+
+
+class Stream(enum.IntEnum):
+    """What a run draws random numbers for. Each use has its own keys, so that none repeats another's draws."""
+
+    INIT = 0
+    STEP = 1
+    EXAMINE = 2
+    PICTURES = 3
+    TEST_DATA = 4
+    IMPORTANCE = 5
+    QUALITY = 6
+
+
+def stream_key(seed: int | Int[Array, ""], stream: Stream) -> Key[Array, ""]:
+    """The key of a run with this seed for one use."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B"]:

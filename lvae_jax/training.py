@@ -178,7 +178,7 @@ def members_init(
     from seeds[m]."""
 
     def one(seed: Int[Array, ""], sigma: Float[Array, "*T"]) -> TrainState:
-        key = jax.random.fold_in(jax.random.key(seed), 0)
+        key = datasets.stream_key(seed, datasets.Stream.INIT)
         return init_state(key, make_vae(sigma), optimizer, ema_decay=ema_decay)
 
     return jax.vmap(one)(seeds, sigmas)
@@ -215,7 +215,7 @@ def members_steps(
         indices: Int[Array, " B"],
         examples: UInt8[Array, "B *S"] | None,
     ) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
+        step_key = jax.random.fold_in(datasets.stream_key(seed, datasets.Stream.STEP), state.step)
         data_key, noise_key = jax.random.split(step_key)
         x = batch(examples if train is None else train[indices], data_key, indices)
         first = 0 if axis_name is None else len(x) * jax.lax.axis_index(axis_name)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tqdm
 
-from experiments import command, loop, sigma_sweep
+from experiments import command, hosts, loop, sigma_sweep
 from lvae_jax import datasets, likelihoods, networks, runs
 from lvae_jax import vae as vae_lib
 
@@ -124,7 +124,7 @@ def resume_all(folder):
 if __name__ == "__main__":
     to_train, to_resume, *process = sys.argv[1:]
     if process:
-        loop.connect(distributed=False, coordinator_address=process[0], num_processes=2, process_id=int(process[1]))
+        hosts.connect(distributed=False, coordinator_address=process[0], num_processes=2, process_id=int(process[1]))
     train_all(Path(to_train))
     if to_resume:
         resume_all(Path(to_resume))
@@ -269,22 +269,22 @@ def test_fitting_divisor(count, size, expected):
 
 def test_loading_in_turn(monkeypatch):
     calls = []
-    assert loop.in_turn(lambda: calls.append(1) or "data") == "data"
+    assert hosts.in_turn(lambda: calls.append(1) or "data") == "data"
     assert calls == [1]
 
     def broken():
         raise ValueError("no disk")
 
     with pytest.raises(ValueError, match="no disk"):
-        loop.in_turn(broken)
+        hosts.in_turn(broken)
     # Another process hears from process 0 whether there are data, before it looks for them itself.
     monkeypatch.setattr(loop.jax, "process_index", lambda: 1)
     told = []
     monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: told.append(failed) or np.True_)
     with pytest.raises(runs.RunError, match="process 0 could not load the data"):
-        loop.in_turn(lambda: pytest.fail("loaded"))
+        hosts.in_turn(lambda: pytest.fail("loaded"))
     monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: np.False_)
-    assert loop.in_turn(lambda: "later") == "later"
+    assert hosts.in_turn(lambda: "later") == "later"
 
 
 def test_prefetch():

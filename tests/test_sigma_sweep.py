@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 from conftest import call, run_command
 
-from experiments import command, loop, sigma_sweep, sweep
+from experiments import command, hosts, loop, sigma_sweep, sweep
 from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
@@ -547,7 +547,7 @@ def test_bad_input_is_refused(words, tmp_path):
 def test_processes_that_cannot_be_joined(given, message):
     names = ("coordinator_address", "num_processes", "process_id")
     with pytest.raises(runs.RunError, match=message):
-        loop.connect(distributed=False, **dict(zip(names, given, strict=True)))
+        hosts.connect(distributed=False, **dict(zip(names, given, strict=True)))
 
 
 @pytest.mark.parametrize(
