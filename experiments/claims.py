@@ -79,8 +79,8 @@ class Part(NamedTuple):
 
 
 def poor_optima(elbos: Float[np.ndarray, " M"], *, best: float | None = None) -> int:
-    """How many seeds ended in a poor optimum: more than 0.1 nats below the `best` run that ends at the same sigma, by
-    default the best of these."""
+    """The number of seeds that ended in a poor optimum: more than 0.1 nats below the `best` run that ends at the same
+    sigma, by default the best of these."""
     return int(np.sum((elbos.max() if best is None else best) - elbos > 0.1))
 
 
@@ -100,7 +100,7 @@ def title(variant: str, sigma: float | None = None) -> str:
 
 
 def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]:
-    """The paired comparisons (better, worse, what of them), p corrected for all of them."""
+    """Paired tests of each (better, worse) on the named quantity, with p corrected for their number by Holm."""
     found = [
         Ordering(
             title(*better), title(*worse), statistics.paired(part.values(name, *better), part.values(name, *worse))

@@ -216,7 +216,7 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
 
 
 def file_name(member: dict[str, Any]) -> str:
-    """Of a member's files, without their endings."""
+    """The name of a member's files, without their endings."""
     sigma = f"-{member['sigma']}" if VARIANTS[member["variant"]].swept else ""
     return f"{member['variant']}{sigma}-seed{member['seed']}"
 
@@ -248,7 +248,7 @@ def pictures(
 
 
 def panels(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """What a figure shows of one model's arrays: title -> (examples, their stddevs)."""
+    """The panels of a figure of one model's arrays: title -> (examples, their stddevs)."""
     shown = SHOWN if len(shape) == 3 else None
     flat = {name: array.reshape(-1, *shape)[:shown] for name, array in arrays.items()}
     of_prior = {

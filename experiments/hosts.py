@@ -42,7 +42,7 @@ def connect(
 
 
 def in_turn(load: Callable[[], Tree]) -> Tree:
-    """What `load` returns, called by process 0 first and then, when all that it writes is there, by the others.
+    """Calls `load` in process 0 first and, when all that it writes is there, in the others; returns its result.
 
     Raises:
       runs.RunError: process 0 has failed. Whatever `load` raises.

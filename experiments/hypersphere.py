@@ -29,7 +29,7 @@ from lvae_jax import vae as vae_lib
 
 
 class Config(NamedTuple):
-    """What the experiment computes. sigma: of the F-VAEs, in units of the critical one. latent_size: None for n - 1,
+    """The options of the experiment. sigma: of the F-VAEs, in units of the critical one. latent_size: None for n - 1,
     the dimension of the sphere itself."""
 
     dims: tuple[int, ...] = (2, 3, 10)
@@ -58,10 +58,10 @@ def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], Non
 
 
 def check(config: Config) -> None:
-    """Returns if the config can be run.
+    """Raises if the config cannot be run.
 
     Raises:
-      command.UsageError: it cannot.
+      command.UsageError: the message, one line, names the fix.
     """
     if not config.dims or len(set(config.dims)) < len(config.dims) or min(config.dims) < 2:
         raise command.UsageError(f"--dims={','.join(map(str, config.dims))}: give dimensions from 2 on, each only once")
@@ -204,7 +204,7 @@ def rows(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """The summary as a table with a note."""
     if not summary["rows"]:
         return "nothing was trained (--num_steps=0): see the figures"
     num_seeds = summary["rows"][0]["num_seeds"]

@@ -24,12 +24,12 @@ from lvae_jax.training import TrainState
 from lvae_jax.vae import VAE, Scores
 
 CHECKPOINT_SECONDS = 60.0
-# Training examples lie on each device if they take at most this part of its memory, or, where a device keeps silent
-# about that, this many bytes; others are streamed.
+# Training data stay on the device if they fit in this fraction of its memory, or in RESIDENT_BYTES if the device
+# reports none; otherwise they are streamed.
 RESIDENT_FRACTION = 0.25
 RESIDENT_BYTES = 2**30
-PREFETCH = 2  # calls' batches on their way to the devices while these are at work
-STREAMED_BYTES = 2**28  # those of one call take at most this much, if they are more than one
+PREFETCH = 2  # calls whose batches are moved to the devices while these work
+STREAMED_BYTES = 2**28  # limit of the batches of one call with several steps
 
 
 class Group(NamedTuple):
@@ -49,8 +49,8 @@ class Group(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Of one model: the mean and stddev of p(x|z), z drawn from q(z|x), for given examples [B, *S]; samples from the
-    prior with their means, likewise."""
+    """Pictures of one model: the mean and stddev of p(x|z), z drawn from q(z|x), for given examples [B, *S]; samples
+    from the prior with their means, likewise."""
 
     reconstructions: Float[Array, "..."]
     reconstruction_stddevs: Float[Array, "..."]
@@ -59,8 +59,8 @@ class Pictures(NamedTuple):
 
 
 class Examination(NamedTuple):
-    """Of each example: scores and details, see `evaluation.examine`; code_elbo: of data with grey levels, the ELBO in
-    nats of their probabilities, see `evaluation.as_probabilities`."""
+    """Results for each example. scores, details: see `evaluation.examine`; code_elbo: of data with grey levels, the
+    ELBO in nats of their probabilities, see `evaluation.as_probabilities`."""
 
     scores: Scores
     details: diagnostics.Details
@@ -81,8 +81,8 @@ class Programs(NamedTuple):
 
 
 def layout(dataset: Dataset) -> devices.Layout:
-    """How training uses the devices: images split their batches over the devices of all processes, points in the plane
-    their members over those of one; there, all processes do the same."""
+    """The layout of training on the devices. Images split their batches over the devices of all processes; points in
+    the plane split their members over those of one process, and all processes do the same."""
     if jax.device_count() == 1:  # where calling what pmap made takes longer than what jit made
         return devices.one_device()
     if len(dataset.shape) == 3:

@@ -53,15 +53,15 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: lef
 
 
 def figures(path: Path, parts: Mapping[str, Part]) -> dict[str, bytes]:
-    """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette in place of
-    all colours: a third of the size or less. An octree keeps rare hues apart, which thin lines are drawn in; what it
-    makes of the background, the colour of the first pixel, is set right."""
+    """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette of 256
+    colours: a third of the size or less."""
     found = {}
     for part in parts:
         for name in captions(part):
             with PIL.Image.open(path / part / "figures" / f"{name}.png") as file:
                 image = file.convert("RGB")
             small = image.quantize(method=PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE)
+            # An octree keeps the rare hues of thin lines, but shifts the background, which the first pixel restores.
             palette, first = small.getpalette() or [], int(np.asarray(small)[0, 0])
             palette[3 * first : 3 * first + 3] = np.asarray(image)[0, 0].tolist()
             small.putpalette(palette)
@@ -180,7 +180,7 @@ def shown(part: str) -> list[str]:
 
 
 def ran(parts: Mapping[str, Part], commands: Mapping[str, str], times: Mapping[str, float]) -> str:
-    """What was run, on what, how long; and what was not."""
+    """The table of parts: command, seeds, time and device, or that the part was not run."""
     rows = []
     for name, command in commands.items():
         if name not in parts:

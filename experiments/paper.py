@@ -86,8 +86,8 @@ def run(
     celeba_dir: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> list[Claim]:
-    """Runs, or goes on with, those of the scale's `parts` that are not finished, writes the report of all that are, and
-    returns its claims.
+    """Runs or resumes the scale's `parts` that are not finished, writes the report of all finished ones, and returns
+    its claims.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained.
@@ -133,7 +133,7 @@ def read_times(path: Path) -> dict[str, float]:
 
 
 def command_line(config: Config) -> str:
-    """What runs this part alone."""
+    """The command that runs this part alone."""
     if isinstance(config, hypersphere.Config):
         name, defaults = "hypersphere", hypersphere.Config()._asdict()
     else:

@@ -28,7 +28,7 @@ from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
 
 Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
-"""Of images in [0, 1]; a pretrained network can take the place of `train_classifier`'s."""
+"""Features of images in [0, 1]; a pretrained network can take the place of `train_classifier`'s."""
 
 Generated = tuple[Float[np.ndarray, "N H W C"], Float[np.ndarray, "N H W C"]]
 
@@ -191,8 +191,8 @@ def run(
 
 
 def generators(path: Path, config: sweep.Config, summary: dict[str, Any]) -> dict[str, Callable[[int], Generated]]:
-    """For each trained member of the run, by the name of its group, a function of N that draws N samples x ~ p(x|z),
-    z ~ p(z), and gives them with the means of p(x|z).
+    """Functions of N, one for each trained member by the name of its group, that draw N samples x ~ p(x|z), z ~ p(z),
+    and return them with the means of p(x|z).
 
     Raises:
       runs.RunError: a checkpoint is missing or damaged.

@@ -1,4 +1,4 @@
-"""The sweep's results for people: rows over seeds, one table, the figures."""
+"""The results of a sweep as rows over seeds, one table and figures."""
 
 import functools
 import math
@@ -58,8 +58,8 @@ def row(
 
 
 def _diagnosis(diagnoses: Sequence[str]) -> str:
-    """What is said of a row's members, each finding in the words for the first that has it, and in how many seeds it is
-    found, where that is not all."""
+    """The findings of a row's members, each in the words for the first member that has it, with the number of seeds if
+    not all have it."""
     findings: dict[str, list[str]] = {}
     for diagnosis in diagnoses:
         for finding in diagnosis.split("; "):

@@ -233,25 +233,27 @@ def train_all(
         for variant in order:
             bar.set_description(VARIANTS[variant].title)
             records: list[np.ndarray] = []
-            of_variant: list[dict[str, Any]] = []
+            variant_members: list[dict[str, Any]] = []
             trained = None
             if VARIANTS[variant].after_leader:
                 trained = jax.tree.map(lambda *parts: np.concatenate(parts), *leaders)
             errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
             for group in sweep.groups(config, variant, record, alone=alone, trained=trained):
                 states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
-                of_group, its_panels = evaluate(config, variant, group, programs[variant], states, dataset, errors)
+                group_members, group_panels = evaluate(
+                    config, variant, group, programs[variant], states, dataset, errors
+                )
                 if continued and VARIANTS[variant].leads:
                     leaders.append(jax.device_get(states.weights))
-                sigmas[:, -1] = [member["sigma_max"] for member in of_group]
+                sigmas[:, -1] = [member["sigma_max"] for member in group_members]
                 records.append(sigmas)
-                of_variant += of_group
-                panels += [panel for seed, panel in zip(group.seeds, its_panels, strict=True) if seed == config.seed]
+                variant_members += group_members
+                panels += [panel for seed, panel in zip(group.seeds, group_panels, strict=True) if seed == config.seed]
             if VARIANTS[variant].leads:
                 record = np.concatenate(records)
                 keep_record(path, record)
-            members += of_variant
-            for title, part in report.by_row(of_variant).items():
+            members += variant_members
+            for title, part in report.by_row(variant_members).items():
                 rows.append(report.row(part, dataset.shape, kind=kind, levels=dataset.levels))
                 if not quiet:
                     with tqdm.tqdm.external_write_mode():
@@ -371,7 +373,7 @@ def evaluate(
 
 
 def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    """What Figs. 4, 6 and 7 show, in numbers, in lengths of the toy: the root mean square distance of reconstructions
+    """Figs. 4, 6 and 7 in numbers, in lengths of the toy: the root mean square distance of reconstructions
     of x from the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three
     regions and their sliced Wasserstein distance from the test points."""
     points = jnp.asarray(reconstructions)

@@ -1,6 +1,6 @@
 """A sweep: its config, its models and members, and the weights and the summary of a finished one.
 
-Everything that trains, reports or uses a sweep stands on this module, none of it on the command that runs one.
+The commands that train, report or use a sweep import this module, and not each other.
 """
 
 import functools
@@ -23,8 +23,8 @@ RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its d
 
 
 class Config(NamedTuple):
-    """What a sweep computes. A field's default is what was done before it existed, so that old runs keep their meaning;
-    `configure` knows the defaults of today."""
+    """The options of a sweep. The default of a field is what was done before the field existed, so that old runs keep
+    their meaning; `configure` has the defaults of today."""
 
     sigma: tuple[float, ...] = (0.1,)
     variants: tuple[str, ...] = ("f", "ls", "lv")
@@ -96,7 +96,7 @@ def data_options(config: Config) -> dict[str, Any]:
 
 
 def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
-    """What makes the variant's model of the config, for data of this shape, of its sigma."""
+    """A function of sigma that gives the variant's model in this config, for data of this shape."""
     network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
@@ -144,7 +144,7 @@ def groups(
 
 
 def any_record(config: Config) -> Record:
-    """In place of a record of which only the shape matters: names and sizes of members do not depend on its values."""
+    """A record of ones, where only its shape matters: the names and sizes of members do not depend on its values."""
     return np.ones((config.num_seeds, config.num_steps + 1))
 
 

@@ -19,7 +19,7 @@ Record = Float[np.ndarray, "M T+1"]
 
 
 class Sigma(enum.Enum):
-    """What the sigma of a model is."""
+    """The kinds of sigma that a model can have."""
 
     CONSTANT = "one number for the whole training"
     SCHEDULED = "one number for each step, given"

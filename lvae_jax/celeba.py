@@ -59,7 +59,7 @@ def images(celeba_dir: str, *, image_size: int, cache_dir: Path) -> tuple[np.nda
 
 
 def fingerprint(celeba_dir: str) -> str:
-    """Which images the folder holds, by their names, sizes and splits: the same for a copy of the folder.
+    """A digest of the names, sizes and splits of the images in the folder. A copy of the folder has the same one.
 
     Raises:
       DatasetError: the folder cannot be read, or holds no images.
@@ -71,8 +71,8 @@ def fingerprint(celeba_dir: str) -> str:
 
 def face(jpeg: Path | io.BytesIO, image_size: int, *, name: str) -> np.ndarray:
     """The face in one of CelebA's aligned JPEGs, uint8 [image_size, image_size, 3]: cut out, then scaled, as the
-    module's docstring says. `name` stands for the image in errors. Damage after which a decoder still finds all rows is
-    not seen.
+    module's docstring says. `name` stands for the image in errors. Damage that leaves all
+    rows decodable is not detected.
 
     Raises:
       DatasetError: it is not a whole JPEG, or of another size than CelebA's.

@@ -29,7 +29,7 @@ class Dataset(NamedTuple):
 
     Attributes:
       shape: *S, the shape of one example.
-      unit: of the data and therefore of sigma, for people to read.
+      unit: the name of the unit of the data, and so of sigma.
       levels: the number of grey levels of images, 256 for 8 bits; None for points.
       train: what batches are gathered from: an array [N, *S] of all images in storage form, or None for a stream.
       test: [N, *S], the held-out examples, in storage form (uint8 images, float points).
@@ -259,7 +259,7 @@ def image_dataset(
 
 
 class Stream(enum.IntEnum):
-    """What a run draws random numbers for. Each use has its own keys, so that none repeats another's draws."""
+    """The uses of random numbers in a run. Each has its own keys, so that none repeats the draws of another."""
 
     INIT = 0
     STEP = 1

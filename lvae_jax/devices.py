@@ -13,8 +13,8 @@ from lvae_jax.training import Metrics, TrainState
 
 
 class Layout(NamedTuple):
-    """How the members of a sweep and their batches lie on devices. Off the devices, whatever these are, states are [M,
-    ...], metrics [K, M] and indices [K, M, B], so that a checkpoint serves any layout.
+    """The placement of the members of a sweep and of their batches on devices. On the host, states are [M, ...],
+    metrics [K, M] and indices [K, M, B] in every layout, so that a checkpoint serves any of them.
 
     Attributes:
       map: (steps, donate_argnums) -> `training.members_steps`, its options bound, compiled for the devices.

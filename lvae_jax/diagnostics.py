@@ -19,7 +19,7 @@ INTERVALS = (0.5, 0.9, 0.95)
 
 
 class Details(NamedTuple):
-    """What `diagnostics` needs to know of each of B examples; the last axis is theirs, L is the latent size.
+    """Statistics of each of B examples, which `summarise` averages. The last axis is the example; L is the latent size.
 
     Standardised residuals, one for each data dimension, are those of `Terms`: where the head has no correlations,
     (x - mean) / stddev of p(x|z), z ~ q(z|x).
@@ -41,7 +41,7 @@ class Details(NamedTuple):
 
 
 class Diagnostics(NamedTuple):
-    """How a model uses its latent space and its sigma, over a set of examples; float64, [...] for sweep members.
+    """The use of the latent space and of sigma over a set of examples; float64, [...] for sweep members.
 
     For data from the model itself and the exact posterior, the standardised residuals are standard Gaussian: mean 0,
     stddev 1, coverage as `INTERVALS` says.
@@ -51,12 +51,12 @@ class Diagnostics(NamedTuple):
         KL of `Scores`.
       active_units: [...], the number of latent dimensions whose posterior mean has a variance above 0.01 over the
         examples (Burda et al., Importance Weighted Autoencoders, ICLR 2016, 5.2).
-      active_directions: [...], the same of principal directions of the posterior means: no rotation of the latent space
-        changes it, where one direction can make many units active.
-      floor_fraction: [...], of stddevs of p(x|z), those within 5 % of the head's floor; 0 where it has none.
-      sigma_factor: [...], sigma* / sigma: by what all stddevs would have to be multiplied to maximise log p(x|z), in
-        closed form the root mean square of the standardised residuals. With a scalar sigma, sigma* = sqrt(mse). Not of
-        a discretised head, whose mean is clipped to [0, 1].
+      active_directions: [...], the number of principal directions of the posterior means with variance above 0.01.
+        Unlike `active_units`, it is invariant to rotations of the latent space.
+      floor_fraction: [...], the fraction of stddevs of p(x|z) within 5 % of the head's floor; 0 if it has none.
+      sigma_factor: [...], sigma* / sigma: the common factor of all stddevs that maximises log p(x|z), in closed form
+        the root mean square of the standardised residuals. With a scalar sigma, sigma* = sqrt(mse). It has no such
+        meaning for a discretised head, whose mean is clipped to [0, 1].
       residual_mean, residual_stddev: [...], of the standardised residuals of all examples and data dimensions.
       coverage: [..., 3], the fraction of values within the central intervals `INTERVALS` of p(x|z).
     """

@@ -40,7 +40,7 @@ class Curves(NamedTuple):
 
 def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Points in the plane, as the paper's Figs. 4, 6 and 7: reconstructions over data, and generated samples with their
-    means; `unit` is that of both axes. More than six models stand in two columns."""
+    means; `unit` is the unit of both axes. More than six models are drawn in two columns."""
     columns = 1 if len(panels) <= 6 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(9.0 * columns, 2.6 * rows), layout="constrained")
@@ -70,7 +70,7 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
-    where sigma is no single number a map of it in `unit`."""
+    a map of sigma in `unit` if sigma is not one number."""
     strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
@@ -213,7 +213,7 @@ def elbo_against_sigma(
     unit: str,
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    """The final ELBO of each member against its sigma, and as lines with their spread those that learn theirs.
+    """The final ELBO of each member against its sigma; models that learn sigma are lines with their spread.
 
     Args:
       points: title -> (sigmas [M], ELBOs [M]).
@@ -261,8 +261,8 @@ def _in_order(titles: Iterable[str]) -> dict[str, str]:
 def directions(
     stddevs: np.ndarray, sigmas: np.ndarray, linear_elbos: np.ndarray, *, trained: np.ndarray, unit: str
 ) -> Figure:
-    """How many principal directions of the data a decoder can use at each fixed sigma, above the best ELBO of a linear
-    VAE.
+    """The number of principal directions of the data that a decoder can use at each fixed sigma, above the best ELBO of
+    a linear VAE.
 
     Args:
       stddevs: [R], along the principal directions.

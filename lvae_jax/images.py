@@ -132,7 +132,7 @@ def fake_images(shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tfds_shape(name: str, *, data_dir: str | None = None) -> tuple[int, int, int]:
-    """The shape [H, W, C] of the images of a TFDS data set; neither loads nor writes anything.
+    """The shape [H, W, C] of the images of a TFDS data set. Loads and writes nothing.
 
     Raises:
       DatasetError: there is no such data set, its images have no fixed shape, or `data_dir` holds it in another format.

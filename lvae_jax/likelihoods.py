@@ -57,8 +57,8 @@ LOGISTIC = Family(logistics.log_prob, logistics.log_cdf, logistics.log_bin_mass,
 
 
 class Grid(NamedTuple):
-    """Where the grey levels k = 0, ..., `last` lie: level k is the bin k - 1/2 < `scale` x - `offset` < k + 1/2, the
-    first bin open to -inf and the last to inf."""
+    """The bins of the grey levels k = 0, ..., `last`: k - 1/2 < `scale` x - `offset` < k + 1/2, the first bin open to
+    -inf and the last to inf."""
 
     last: float
     scale: float

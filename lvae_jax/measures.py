@@ -154,6 +154,6 @@ def sharpness(images: Float[Array, "B H W C"], originals: Float[Array, "N H W C"
 
 
 def sample_noise(samples: Float[Array, "B *S"], means: Float[Array, "B *S"]) -> Float[Array, ""]:
-    """How noisy samples of p(x|z) look beside their means (Figs. 13-18): the root mean square distance, in units of the
-    data."""
+    """The root mean square distance of samples of p(x|z) from their means, in units of the data: the noise of Figs. 13
+    to 18."""
     return jnp.sqrt(jnp.mean((samples - means) ** 2))

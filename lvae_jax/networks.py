@@ -177,8 +177,8 @@ class _ConvEncoder(nn.Module):
 class _ConvTranspose(nn.Module):
     """`nn.ConvTranspose` with a 4 x 4 kernel, stride 2 and the same parameters: it doubles both sides.
 
-    Written as a convolution whose outputs are 2 x 2 pixels each: on a CPU the gradients of the kernels of transposed
-    ones take about as long as all the rest of a step (`benchmarks.sigma_sweep` compares). A kernel of twice the stride
+    It is written as a convolution whose outputs are 2 x 2 pixels each: on a CPU, the kernel gradient of a transposed
+    convolution takes as long as the rest of the step (`benchmarks.sigma_sweep` compares). A kernel of twice the stride
     covers every pixel equally often, which avoids checkerboards.
     """
 

@@ -1,13 +1,13 @@
-"""The run directory, which holds all that a run leaves behind.
+"""The run directory and its files.
 
-  flags.json      what was asked for; a directory never takes two different sets of flags
+  flags.json      the options of the run; a directory never takes two different sets
   metrics.jsonl   one line for each sweep member and logged step
   checkpoints/    the newest state of each group of sweep members that is trained together
   figures/        PNG
   summary.json    written last: a run that has one is finished
 
-All but metrics.jsonl, which grows, are replaced in one move: whatever has its final name is whole. Experiments may add
-files of their own. Where several processes share a run, all may read, and process 0 alone writes: for the others, the
+All files but metrics.jsonl, which grows, are replaced in one move: a file with its final name is whole. Experiments may
+add files of their own. If several processes share a run, all may read and only process 0 writes: in the others, the
 functions that write do nothing.
 """
 
@@ -28,7 +28,8 @@ class RunError(Exception):
 
 
 def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary of the finished run in `path`; None if it is unfinished, or if `make_run` may make it there.
+    """The summary of the finished run in `path`; None if the run is unfinished, or if the directory is free for
+    a new one.
 
     `defaults` are for `read_flags`.
 
@@ -52,10 +53,10 @@ def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any
 
 
 def make_run(path: Path, flags: Mapping[str, Any]) -> None:
-    """Makes the run directory, where `find_run` found none; several processes wait here for each other.
+    """Makes the run directory that `find_run` did not find. Several processes wait here for each other.
 
     Raises:
-      RunError: it cannot be written, or not be seen by all processes.
+      RunError: the directory cannot be written, or some processes do not see it.
     """
     file = path / "flags.json"
     try:
@@ -69,8 +70,8 @@ def make_run(path: Path, flags: Mapping[str, Any]) -> None:
 
 
 def read_flags(path: Path, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the run in `path`, as JSON gives them. One that the run does not know came later and has its
-    default, which is what was done without it.
+    """The flags of the run in `path`, as JSON gives them. A flag that is newer than the run has its default, which is
+    what was done before it existed.
 
     Raises:
       RunError: they are missing or damaged.
@@ -162,8 +163,8 @@ def rewind_metrics(path: Path, group: str, step: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one group of sweep members, of which the newest is kept; a context, whose end waits until
-    everything is written."""
+    """The checkpoints of one group of sweep members; the newest is kept. Use it in a `with` block: leaving the block
+    waits for pending writes."""
 
     def __init__(self, path: Path, group: str):
         self._path = (path / "checkpoints" / group).absolute()
@@ -187,7 +188,7 @@ class Checkpoints:
 
     @property
     def step(self) -> int | None:
-        """That of the newest checkpoint, or None if there is none."""
+        """The step of the newest checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> Any:

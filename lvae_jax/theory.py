@@ -107,7 +107,7 @@ def best_elbo(sigma: Float[Array, "*S"] | float, *, radius: float = 1.0, dim: in
 
 
 class Spread(NamedTuple):
-    """How data spread about their mean.
+    """The spread of data about their mean.
 
     Attributes:
       principal_stddevs: see the function of this name.
@@ -127,7 +127,7 @@ class Spread(NamedTuple):
 
 
 def spread(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Spread:
-    """How the data in `chunks` spread, in their unit; arguments and errors are those of `principal_stddevs`."""
+    """The spread of the data in `chunks`, in their unit; arguments and errors are those of `principal_stddevs`."""
     size, mean, rows, scatter = _second_moments(chunks)
     squares = np.square(rows).sum(axis=0) if scatter is None else np.diagonal(scatter)
     stddevs = np.sqrt(squares / size)

@@ -64,8 +64,8 @@ def nearest(x: Float[Array, "B 2"]) -> Float[Array, " B"]:
 
 
 def offset(x: Float[Array, "B 2"], u: Float[Array, " B"]) -> Float[Array, " B"]:
-    """How far each x lies from the curve's tangent at u, positive above it; at u = `nearest`(x) within (-1, 1) its
-    magnitude is the distance from the curve."""
+    """The signed distance of each x from the curve's tangent at u, positive above it; at u = `nearest`(x) within (-1,
+    1) its magnitude is the distance from the curve."""
     slope = -jnp.sin(jnp.pi * u)  # of the tangent: dy / dx
     gap = x - curve(u)
     return (gap[:, 1] - slope * gap[:, 0]) / jnp.sqrt(1.0 + slope**2)
@@ -80,8 +80,8 @@ def noise_kept(reconstructions: Float[Array, "B 2"], x: Float[Array, "B 2"]) -> 
 
 
 def band_widths(x: Float[Array, "B 2"]) -> Float[Array, " 3"]:
-    """How wide points lie around the curve in each of its three regions: the quantile of their distances at which
-    Gaussian offsets would have their stddev, 0.683. 0 for a region without points."""
+    """The width of the band of points around the curve in each of its three regions: the quantile of their distances at
+    which Gaussian offsets would have their stddev, 0.683. 0 for a region without points."""
     u = nearest(x)
     distance = jnp.linalg.norm(x - curve(u), axis=-1)
     region = jnp.where(u < -1 / 3, 0, jnp.where(u < 1 / 3, 1, 2))

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Params:
-        """What is to be evaluated: the average where one is kept, else the params."""
+        """The parameters to evaluate: the average if one is kept, else the params."""
         return self.params if self.ema is None else self.ema
 
     def finished(self) -> "TrainState":
@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one training batch, under the parameters that the step began with; all [] floats.
+    """Metrics of one training batch, under the parameters before the step; all [] floats.
 
     scores: the batch's summary; gradient_norm: of the mean loss in nats with respect to all parameters, before
       clipping.
@@ -60,10 +60,10 @@ def optimizer(
     """Adam on gradients clipped to a global norm, its rate raised from zero over `warmup_steps` and then, with `decay`,
     lowered to zero by a half cosine up to `num_steps`.
 
-    The same for every variant; log sigma of an LS-VAE, a parameter that the others have not, learns at `sigma_rate`
-    times that rate. Adam moves a parameter by at most about one learning rate a step, and log sigma has some three nats
-    to go: at this multiple, it follows the networks instead of limiting them. Clipping makes the start harmless: at
-    sigma = 0.01 the first loss is some 10^4 nats.
+    It is the same for every variant. The parameters of the likelihood, such as an LS-VAE's log sigma, are updated
+    `sigma_rate` times as fast. Adam moves a parameter by at most about one learning rate a step, and log sigma has some
+    three nats to go: at this multiple, it follows the networks instead of limiting them. Clipping makes the start
+    harmless: at sigma = 0.01 the first loss is some 10^4 nats.
 
     Raises:
       ValueError: num_steps is not above warmup_steps.
@@ -107,9 +107,9 @@ def train_step(
       key: the step's; an example draws its z from fold_in(key, index).
       index: of each example in the whole batch, of which x may be one device's share.
       beta: a number, or a function of the step for a warm-up of the KL.
-      ema_decay: of the average in the state, 0 if there is none: ema = decay ema + (1 - decay) params after each step
-        t from 1 on, decay = min(ema_decay, t / (9 + t)), which forgets the start soon, as TensorFlow's
-        ExponentialMovingAverage does. What of the likelihood no gradient sets is not averaged.
+      ema_decay: decay of the average in the state, 0 if there is none. After each step t from 1 on, ema = decay ema +
+        (1 - decay) params with decay = min(ema_decay, t / (9 + t)), which forgets the start soon, as TensorFlow's
+        ExponentialMovingAverage does. Likelihood parameters that `update` sets, not gradients, are not averaged.
       axis_name: of the mapped axis whose devices share the batch, in equal parts; gradients and metrics are those of
         the whole batch.
     """

@@ -32,7 +32,7 @@ class VAE(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the bound is made of, for each of B examples of shape *S and L latent dimensions.
+    """The terms of the bound for each of B examples of shape *S, with L latent dimensions.
 
     Attributes:
       log_likelihood: [B], log p(x|z) in nats, z drawn from q(z|x).
@@ -58,7 +58,7 @@ class Terms(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How well examples are modelled; each field is [B], one value for each example, or their summary.
+    """Scores of examples; each field is [B], one value for each example, or the summary of a set.
 
     Attributes:
       elbo, log_likelihood, kl: in nats, as in `Terms`.
