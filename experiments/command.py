@@ -49,7 +49,8 @@ def help_text(about: str) -> str:
 
     def lines(name: str) -> str:
         flag = flags.FLAGS[name]
-        shown = "" if flag.default in (None, False, True, []) else f" (default: {flag.default_as_str.strip(chr(39))})"
+        silent = flag.boolean or not flag.default
+        shown = "" if silent else f" (default: {flag.default_as_str.strip(chr(39))})"
         option = f"--[no]{name}" if flag.default is True else f"--{name}" if flag.boolean else f"--{name}=..."
         text = textwrap.wrap(flag.help + shown, 90, break_on_hyphens=False)
         return "\n".join([f"  {option}", *(f"      {part}" for part in text)])

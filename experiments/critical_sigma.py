@@ -13,15 +13,15 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import flags
 
-from experiments import command, hosts
+from experiments import command, hosts, options, sweep
+from experiments.options import Option, Range
 from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
 
@@ -29,15 +29,28 @@ CHUNK = 1000
 STREAM_SIZE = 100_000
 
 
-class Config(NamedTuple):
-    """The options of a run. sigma: those of the table's rows; by default 12 up to the critical one, geometrically."""
+TABLE = "the table"
 
-    dataset: str = "mnist"
-    sigma: tuple[float, ...] | None = None
-    image_size: int | None = None
-    levels: int | None = None
-    fake_data: bool = False
-    compare: str | None = None
+
+class Config(NamedTuple):
+    """The options of a run."""
+
+    dataset: Annotated[str, Option(sweep.DATA, "toy, digits, mnist, celeb_a, or another TFDS image data set")] = "mnist"
+    sigma: Annotated[
+        tuple[float, ...] | None,
+        Option(
+            TABLE,
+            "sigmas of the rows (default: 12 up to the critical sigma, geometrically)",
+            Range(lambda value: 1e-6 <= value <= 1e6, "a number from 1e-6 to 1e6"),
+        ),
+    ] = None
+    image_size: sweep.ImageSize = None
+    levels: sweep.Levels = None
+    fake_data: sweep.FakeData = False
+    compare: Annotated[
+        str | None,
+        Option(TABLE, "folder of a finished sigma_sweep of this data set, whose F-VAEs the table shows as well"),
+    ] = None
     celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
 
 
@@ -50,9 +63,7 @@ def run(
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is written.
     """
-    for sigma in config.sigma or ():
-        if not 1e-6 <= sigma <= 1e6:
-            raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a number from 1e-6 to 1e6")
+    options.check(config)
     data: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "levels", "fake_data")}
     datasets.check(config.dataset, **data, **places)
     if places.get("celeba_dir") is not None:
@@ -194,25 +205,14 @@ def collapse(summary: dict[str, Any]) -> list[str]:
 
 
 def define_flags() -> None:
+    options.define(Config, (TABLE, sweep.DATA))
     command.define_places()
-    defaults = Config()
-    with command.group("the table"):
-        flags.DEFINE_list("sigma", None, "sigmas of the rows (default: 12 up to the critical sigma)")
-        flags.DEFINE_string(
-            "compare", None, "folder of a finished sigma_sweep of this data set, whose F-VAEs the table shows as well"
-        )
-    with command.group("the data"):
-        flags.DEFINE_string("dataset", defaults.dataset, "toy, digits, mnist, celeb_a, or another TFDS image data set")
-        flags.DEFINE_integer("image_size", None, "side to which celeb_a's images are scaled (default: 64)")
-        flags.DEFINE_integer("levels", None, "number of grey levels, a power of 2, to which 8-bit images are reduced")
-        flags.DEFINE_bool("fake_data", defaults.fake_data, "synthetic images of the data set's shape")
 
 
 def main() -> None:
-    values = command.values(name for name in Config._fields if name != "celeba_files")
-    values["sigma"] = values["sigma"] and command.numbers("sigma", values["sigma"])
-    if values["dataset"].partition(":")[0] == "celeb_a" and values["image_size"] is None:
-        values["image_size"] = 64
+    values = options.read(Config)
+    if values["dataset"].partition(":")[0] == celeba.NAME and values["image_size"] is None:
+        values["image_size"] = sweep.CELEBA_DEFAULTS["image_size"]
     run(Config(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 
 

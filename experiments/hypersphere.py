@@ -14,7 +14,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,35 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import command, loop
+from experiments import command, loop, options
+from experiments.options import Option, Range, at_least
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, likelihoods, runs, theory
 from lvae_jax import vae as vae_lib
 
+GROUP = "the experiment"
+NUMBER = Range(lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000")
+
 
 class Config(NamedTuple):
-    """The options of the experiment. sigma: of the F-VAEs, in units of the critical one. latent_size: None for n - 1,
-    the dimension of the sphere itself."""
+    """The options of the experiment."""
 
-    dims: tuple[int, ...] = (2, 3, 10)
-    sigma: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.05, 1.3)
-    radius: float = 1.0
-    num_seeds: int = 2
-    seed: int = 0
-    num_steps: int = 2000
-    batch_size: int = 100
-    latent_size: int | None = None
+    dims: Annotated[tuple[int, ...], Option(GROUP, "dimensions n of the spaces that hold the spheres", at_least(2))] = (
+        2,
+        3,
+        10,
+    )
+    sigma: Annotated[
+        tuple[float, ...], Option(GROUP, "sigma of the F-VAEs in units of the critical one, R / sqrt(n)", NUMBER)
+    ] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.05, 1.3)
+    radius: Annotated[float, Option(GROUP, "radius R of the spheres", NUMBER)] = 1.0
+    num_seeds: Annotated[int, Option(GROUP, "training runs for each sphere and sigma", at_least(1))] = 2
+    seed: Annotated[int, Option(GROUP, "first of the consecutive seeds")] = 0
+    num_steps: Annotated[int, Option(GROUP, "gradient steps; 0 draws the exact figures alone", at_least(0))] = 2000
+    batch_size: Annotated[int, Option(GROUP, "points in each step", at_least(1))] = 100
+    latent_size: Annotated[
+        int | None, Option(GROUP, "dimensions of z (default: n - 1, the dimension of the sphere)", at_least(1))
+    ] = None
 
 
 def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print) -> dict[str, Any]:
@@ -63,13 +74,7 @@ def check(config: Config) -> None:
     Raises:
       command.UsageError: the message, one line, names the fix.
     """
-    if not config.dims or len(set(config.dims)) < len(config.dims) or min(config.dims) < 2:
-        raise command.UsageError(f"--dims={','.join(map(str, config.dims))}: give dimensions from 2 on, each only once")
-    for name in ("sigma", "radius"):
-        values = np.atleast_1d(getattr(config, name))
-        if not len(values) or len(set(values)) < len(values) or not ((values >= 1e-3) & (values <= 1e3)).all():
-            text = ",".join(f"{value:g}" for value in values)
-            raise command.UsageError(f"--{name}={text}: give numbers from 0.001 to 1000, each only once")
+    options.check(config)
     low, high = (math.exp(limit) for limit in likelihoods.LOG_STDDEV_RANGE)
     narrowest = 0.5 * theory.critical_sigma(radius=config.radius, dim=max(config.dims))
     if config.num_steps and not (math.sqrt(math.e) * low <= narrowest and config.radius <= high / math.sqrt(math.e)):
@@ -77,10 +82,6 @@ def check(config: Config) -> None:
             f"--radius={config.radius:g}: LS-VAEs here learn sigmas from half the critical one, {narrowest:.2g}, to R, "
             f"and none learns any outside {math.sqrt(math.e) * low:.2g} to {high / math.sqrt(math.e):.2g}: give another"
         )
-    for name in ("num_seeds", "num_steps", "batch_size", "latent_size"):
-        value = getattr(config, name)
-        if value is not None and value < (0 if name == "num_steps" else 1):
-            raise command.UsageError(f"--{name}={value}: must be at least {0 if name == 'num_steps' else 1}")
     if not 0 <= config.seed < 2**31 - config.num_seeds:
         raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
 
@@ -233,25 +234,11 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def define_flags() -> None:
-    defaults = Config()
-    with command.group("the experiment"):
-        flags.DEFINE_list("dims", list(map(str, defaults.dims)), "dimensions n of the spaces that hold the spheres")
-        flags.DEFINE_list(
-            "sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs in units of the critical one, R / sqrt(n)"
-        )
-        flags.DEFINE_float("radius", defaults.radius, "radius R of the spheres")
-        flags.DEFINE_integer("num_seeds", defaults.num_seeds, "training runs for each sphere and sigma")
-        flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
-        flags.DEFINE_integer("num_steps", defaults.num_steps, "gradient steps; 0 draws the exact figures alone")
-        flags.DEFINE_integer("batch_size", defaults.batch_size, "points in each step")
-        flags.DEFINE_integer("latent_size", defaults.latent_size, "dimensions of z (default: n - 1)")
+    options.define(Config, (GROUP,))
 
 
 def main() -> None:
-    values = command.values(Config._fields)
-    values["dims"] = command.numbers("dims", values["dims"], int)
-    values["sigma"] = command.numbers("sigma", values["sigma"])
-    run(Config(**values), run_dir=flags.FLAGS.run_dir)
+    run(Config(**options.read(Config)), run_dir=flags.FLAGS.run_dir)
 
 
 if __name__ == "__main__":

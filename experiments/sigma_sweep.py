@@ -21,13 +21,8 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, hosts, loop, report, sweep
+from experiments import command, hosts, loop, options, report, sweep
 from experiments.sweep import (
-    BALANCED,
-    CELEBA_DEFAULTS,
-    DENSITY_DEFAULTS,
-    PROBABILITY_DEFAULTS,
-    RAMP,
     Config,
     configure,
     data_options,
@@ -86,12 +81,7 @@ def check(config: Config, **places: Any) -> None:
     Raises:
       command.UsageError, datasets.DatasetError: the message, one line, names the fix.
     """
-    for sigma in config.sigma:
-        if not 1e-15 < sigma < 1e15:  # squares have to fit into float32
-            raise command.UsageError(f"--sigma={sigma:g}: every sigma must be a positive number, from 1e-15 to 1e15")
-    for name, values in (("sigma", config.sigma), ("variants", config.variants)):
-        if not values or len(set(values)) < len(values):
-            raise command.UsageError(f"--{name}={','.join(map(str, values))}: give at least one, and each only once")
+    options.check(config)
     unknown = [variant for variant in config.variants if variant not in VARIANTS]
     if unknown:
         raise command.UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
@@ -112,37 +102,17 @@ def check(config: Config, **places: Any) -> None:
             f"--sigma_from serves {', '.join(FOLLOWERS)} in place of {LEADER}: name one of those in --variants, not "
             f"{LEADER}"
         )
-    if not (0.0 <= config.beta < math.inf):
-        raise command.UsageError(f"--beta={config.beta:g}: must be a number from 0 on")
     if min(config.widths, default=0) < 1 or (config.dataset == "toy" and len(config.widths) > 1):
         number = "one positive number" if config.dataset == "toy" else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
-    for name in ("learning_rate", "sigma_rate", "clip_norm", "gain"):
-        value = getattr(config, name)
-        if not 0.0 < value < math.inf:
-            raise command.UsageError(f"--{name}={value:g}: must be a positive number")
-    if not 0.0 <= config.ema_decay < 1.0:
-        raise command.UsageError(f"--ema_decay={config.ema_decay:g}: must be from 0, for none, to below 1")
     if config.discretise and config.dataset == "toy":
         raise command.UsageError("--discretise is for images: leave it out, or give another --dataset")
     if config.discretise and config.dequantize:
         raise command.UsageError(EXCLUDING)
-    if not 0.0 <= config.balance <= 2.0:
-        raise command.UsageError(f"--balance={config.balance:g}: must be from 0, for none, to 2")
-    if not 0.0 <= config.warm_start <= 1.0 - RAMP:
-        raise command.UsageError(f"--warm_start={config.warm_start:g}: must be from 0, for none, to {1.0 - RAMP:g}")
     if config.evidence and (config.dataset != "toy" or config.latent_size > 2):
         raise command.UsageError(
             "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
         )
-    if config.num_importance_samples < 0:
-        raise command.UsageError(
-            f"--num_importance_samples={config.num_importance_samples}: must be 0, for none, or more"
-        )
-    for name in ("num_seeds", "num_steps", "batch_size", "latent_size", "num_blocks", "num_components"):
-        value = getattr(config, name)
-        if value < 1:
-            raise command.UsageError(f"--{name}={value}: must be at least 1")
     if not 0 <= config.warmup_steps < config.num_steps:
         raise command.UsageError(f"--warmup_steps={config.warmup_steps}: must be from 0 to num_steps - 1")
     if not 0 <= config.seed < 2**31 - config.num_seeds:
@@ -201,7 +171,7 @@ def train_all(
     # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
     alone = len(dataset.shape) == 3
     names = ("num_steps", "learning_rate", "decay", "sigma_rate", "clip_norm", "warmup_steps", "ema_decay")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    training_options: dict[str, Any] = {name: getattr(config, name) for name in names}
     warmup = optax.linear_schedule(0.0, config.beta, sweep.half_way(config))
     compiled: dict[Any, loop.Programs] = {}
     for variant in order:
@@ -210,7 +180,7 @@ def train_all(
             make = sweep.model(config, variant, dataset.shape)
             beta = warmup if VARIANTS[variant].warmup else config.beta
             compiled[program] = loop.compile_programs(
-                dataset, make, beta=beta, dequantised=config.dequantize, **options
+                dataset, make, beta=beta, dequantised=config.dequantize, **training_options
             )
     programs = {variant: compiled[VARIANTS[variant].program] for variant in order}
     if record is not None:
@@ -387,139 +357,23 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
 
 
 def define_flags() -> None:
-    defaults = configure()
-    with command.group("the comparison"):
-        flags.DEFINE_list("sigma", list(map(str, defaults.sigma)), "sigma of the F-VAEs, in units of the data")
-        names = ", ".join(f"{name} ({variant.title})" for name, variant in VARIANTS.items())
-        flags.DEFINE_list("variants", list(defaults.variants), f"models to compare: {names}")
-        flags.DEFINE_string(
-            "sigma_from",
-            defaults.sigma_from,
-            f"folder of a run whose LS-VAEs give {', '.join(FOLLOWERS)} their sigma, instead of this run's own",
-        )
-        flags.DEFINE_integer("num_seeds", defaults.num_seeds, "runs of each variant and sigma; figures show the first")
-        flags.DEFINE_integer("seed", defaults.seed, "first of the consecutive seeds")
-    with command.group("the data"):
-        flags.DEFINE_string(
-            "dataset",
-            defaults.dataset,
-            "toy, digits, mnist, celeb_a, or the TFDS name of another image data set with train and test splits",
-        )
-        flags.DEFINE_integer(
-            "image_size",
-            None,
-            f"side to which celeb_a's images are scaled, from 8 to 148 (default: {CELEBA_DEFAULTS['image_size']})",
-        )
-        flags.DEFINE_integer("levels", None, "number of grey levels, a power of 2, to which 8-bit images are reduced")
-        flags.DEFINE_bool("flip", defaults.flip, "mirror training images left to right at random")
-        flags.DEFINE_bool(
-            "fake_data", defaults.fake_data, "synthetic images of the data set's shape, to try the pipeline offline"
-        )
+    options.define(Config, sweep.GROUPS)
     command.define_places()
-    with command.group("the likelihood of images"):
-        flags.DEFINE_bool(
-            "discretise",
-            None,
-            "give each grey level a probability: the ELBO then bounds the log probability of the image (also "
-            "--discretize; the default, without --density and --dequantize)",
-        )
+    with command.group(sweep.LIKELIHOOD):
         flags.DEFINE_bool("density", False, "take the density at the grey levels instead, as the paper does")
-        flags.DEFINE_bool(
-            "dequantize",
-            defaults.dequantize,
-            "add uniform noise to the grey levels of the n pixels, in training and evaluation: ELBO - n log(levels) "
-            "then bounds the log probability of the image (also --dequantise)",
-        )
     flags.DEFINE_alias("discretize", "discretise")
     flags.DEFINE_alias("dequantise", "dequantize")
-    with command.group("the networks"):
-        flags.DEFINE_integer("latent_size", None, f"dimensions of z ({_defaults('latent_size')})")
-        flags.DEFINE_list(
-            "widths",
-            None,
-            "units of the layers of the residual MLP, one number; for images, channels of each convolution "
-            f"({_defaults('widths')})",
-        )
-        flags.DEFINE_integer(
-            "num_blocks", None, f"residual blocks of the encoder and of the decoder ({_defaults('num_blocks')})"
-        )
-        flags.DEFINE_bool("bfloat16", defaults.bfloat16, "compute the networks, except their last layers, in bfloat16")
-    with command.group("the training"):
-        flags.DEFINE_integer("num_steps", None, f"gradient steps ({_defaults('num_steps')})")
-        flags.DEFINE_integer("batch_size", defaults.batch_size, "examples in each step")
-        flags.DEFINE_float("learning_rate", defaults.learning_rate, "peak learning rate of Adam")
-        flags.DEFINE_bool("decay", defaults.decay, "lower the learning rate to zero by a half cosine")
-        flags.DEFINE_integer("warmup_steps", defaults.warmup_steps, "steps in which the learning rate rises from zero")
-        flags.DEFINE_float(
-            "sigma_rate",
-            defaults.sigma_rate,
-            "learning rate of the LS-VAE's log sigma, as a multiple of the networks'",
-        )
-        flags.DEFINE_float(
-            "gain",
-            defaults.gain,
-            "factor of the decoder's output in the log sigma of lv, lv_star, logistic and mixture: sets its speed",
-        )
-        flags.DEFINE_float(
-            "balance",
-            None,
-            "exponent b of the weights sigma^2b of the gradients of lv and logistic, where densities train them "
-            f"(default: {DENSITY_DEFAULTS['balance']}); it falls to 0 after {BALANCED:.0%} of the steps. With 1 all "
-            "errors weigh the same; 0 for no weights",
-        )
-        flags.DEFINE_float(
-            "warm_start",
-            None,
-            "part of the steps in which lv and logistic have one learned sigma for all dimensions "
-            f"(default: {DENSITY_DEFAULTS['warm_start']} for densities, {PROBABILITY_DEFAULTS['warm_start']} for "
-            f"probabilities); over the next {RAMP:.0%} the decoder's log sigma comes in; 0 for no such start",
-        )
-        flags.DEFINE_integer(
-            "num_components", defaults.num_components, "logistic distributions in each of mixture's pixels"
-        )
-        flags.DEFINE_float("clip_norm", defaults.clip_norm, "largest norm of a gradient; longer ones are scaled down")
-        flags.DEFINE_float(
-            "beta", defaults.beta, "weight of the KL in training (beta-VAE); results are ELBOs, with weight 1"
-        )
-        flags.DEFINE_float(
-            "ema_decay", defaults.ema_decay, "decay of the moving average of the weights that is evaluated; 0 for none"
-        )
-    with command.group("the evaluation"):
-        flags.DEFINE_integer(
-            "num_importance_samples",
-            defaults.num_importance_samples,
-            "draws of the importance-weighted bound on log p(x), evaluated beside the ELBO; 0 for none",
-        )
-        flags.DEFINE_bool(
-            "evidence",
-            defaults.evidence,
-            "compute log p(x) of the models on the toy by quadrature: splits the gap to the true density",
-        )
-
-
-def _defaults(name: str) -> str:
-    """The default of a field for each kind of data, in words."""
-
-    def text(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    kinds = {"toy": "toy", "digits": "digits", "celeb_a": "celeb_a", "other images": "mnist"}
-    values = {kind: text(getattr(configure(dataset=dataset), name)) for kind, dataset in kinds.items()}
-    return "default: " + ", ".join(f"{value} for {kind}" for kind, value in values.items())
 
 
 def main() -> None:
-    values = command.values(name for name in Config._fields if name != "celeba_files")
-    values["sigma"] = command.numbers("sigma", values["sigma"])
-    values["widths"] = values["widths"] and command.numbers("widths", values["widths"], int)
+    values = options.read(Config)
     if flags.FLAGS.density:
         if values["discretise"] or values["dequantize"]:
             raise command.UsageError(EXCLUDING)
         if values["dataset"] == "toy":
             raise command.UsageError("--density is for images: leave it out, or give another --dataset")
         values["discretise"] = False
-    config = configure(**values | {"variants": tuple(values["variants"])})
-    run(config, **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
+    run(configure(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 
 
 if __name__ == "__main__":

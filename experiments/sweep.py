@@ -4,9 +4,10 @@ The commands that train, report or use a sweep import this module, and not each 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,50 +15,13 @@ import numpy as np
 import optax
 
 from experiments import loop
-from experiments.variants import VARIANTS, Record, Sigma, make_vae
-from lvae_jax import datasets, runs, training
+from experiments.options import Option, Range, at_least, from_none_to, positive
+from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
+from lvae_jax import celeba, datasets, runs, training
 from lvae_jax import vae as vae_lib
 
 BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
 RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
-
-
-class Config(NamedTuple):
-    """The options of a sweep. The default of a field is what was done before the field existed, so that old runs keep
-    their meaning; `configure` has the defaults of today."""
-
-    sigma: tuple[float, ...] = (0.1,)
-    variants: tuple[str, ...] = ("f", "ls", "lv")
-    dataset: str = "toy"
-    num_seeds: int = 3
-    seed: int = 0
-    num_steps: int = 3000
-    batch_size: int = 100
-    latent_size: int = 2
-    widths: tuple[int, ...] = (200,)
-    num_blocks: int = 4
-    bfloat16: bool = False
-    gain: float = 0.03
-    balance: float = 0.0
-    warm_start: float = 0.0
-    num_components: int = 5
-    beta: float = 1.0
-    learning_rate: float = 2e-3
-    decay: bool = True
-    sigma_rate: float = 10.0
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
-    ema_decay: float = 0.0
-    sigma_from: str | None = None
-    num_importance_samples: int = 0
-    evidence: bool = False
-    image_size: int | None = None
-    levels: int | None = None
-    flip: bool = False
-    dequantize: bool = False
-    discretise: bool = False
-    fake_data: bool = False
-    celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
 
 
 # What keeps the LV-VAE from explaining data by variance. Densities tempt it more than probabilities do.
@@ -77,6 +41,188 @@ DIGITS_DEFAULTS = IMAGE_DEFAULTS | DIGITS_NETWORK | {"num_steps": 1500}
 CELEBA_NETWORK = {"latent_size": 2048, "widths": (64, 128, 256, 256), "num_blocks": 5}
 CELEBA_DEFAULTS = IMAGE_DEFAULTS | CELEBA_NETWORK | {"image_size": 64}
 
+KNOWN = ", ".join(f"{name} ({variant.title})" for name, variant in VARIANTS.items())
+COMPARISON, DATA, LIKELIHOOD, NETWORKS, TRAINING, EVALUATION = GROUPS = (
+    "the comparison",
+    "the data",
+    "the likelihood of images",
+    "the networks",
+    "the training",
+    "the evaluation",
+)
+
+
+# Options that other experiments share.
+ImageSize = Annotated[
+    int | None,
+    Option(
+        DATA,
+        f"side to which celeb_a's images are scaled, from {celeba.SIDES[0]} to {celeba.SIDES[-1]} "
+        f"(default: {CELEBA_DEFAULTS['image_size']})",
+    ),
+]
+Levels = Annotated[int | None, Option(DATA, "number of grey levels, a power of 2, to which 8-bit images are reduced")]
+FakeData = Annotated[bool, Option(DATA, "synthetic images of the data set's shape, to try the pipeline offline")]
+
+
+class Config(NamedTuple):
+    """The options of a sweep. The default of a field is what was done before the field existed, so that old runs keep
+    their meaning; `configure` has the defaults of today."""
+
+    sigma: Annotated[
+        tuple[float, ...],
+        # Squares have to fit into float32.
+        Option(
+            COMPARISON,
+            "sigma of the F-VAEs, in units of the data",
+            Range(lambda value: 1e-15 < value < 1e15, "a positive number, from 1e-15 to 1e15"),
+        ),
+    ] = (0.1,)
+    variants: Annotated[tuple[str, ...], Option(COMPARISON, f"models to compare: {KNOWN}")] = ("f", "ls", "lv")
+    dataset: Annotated[
+        str,
+        Option(
+            DATA, "toy, digits, mnist, celeb_a, or the TFDS name of another image data set with train and test splits"
+        ),
+    ] = "toy"
+    num_seeds: Annotated[
+        int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1))
+    ] = 3
+    seed: Annotated[int, Option(COMPARISON, "first of the consecutive seeds")] = 0
+    num_steps: Annotated[
+        int, Option(TRAINING, lambda: f"gradient steps ({by_kind('num_steps')})", at_least(1), computed=True)
+    ] = 3000
+    batch_size: Annotated[int, Option(TRAINING, "examples in each step", at_least(1))] = 100
+    latent_size: Annotated[
+        int, Option(NETWORKS, lambda: f"dimensions of z ({by_kind('latent_size')})", at_least(1), computed=True)
+    ] = 2
+    widths: Annotated[
+        tuple[int, ...],
+        Option(
+            NETWORKS,
+            lambda: (
+                "units of the layers of the residual MLP, one number; for images, channels of each convolution "
+                f"({by_kind('widths')})"
+            ),
+            computed=True,
+            repeats=True,
+        ),
+    ] = (200,)
+    num_blocks: Annotated[
+        int,
+        Option(
+            NETWORKS,
+            lambda: f"residual blocks of the encoder and of the decoder ({by_kind('num_blocks')})",
+            at_least(1),
+            computed=True,
+        ),
+    ] = 4
+    bfloat16: Annotated[bool, Option(NETWORKS, "compute the networks, except their last layers, in bfloat16")] = False
+    gain: Annotated[
+        float,
+        Option(
+            TRAINING,
+            "factor of the decoder's output in the log sigma of lv, lv_star, logistic and mixture: sets its speed "
+            f"(default: {TOY_DEFAULTS['gain']:g})",
+            positive(),
+            computed=True,
+        ),
+    ] = 0.03
+    balance: Annotated[
+        float,
+        Option(
+            TRAINING,
+            "exponent b of the weights sigma^2b of the gradients of lv and logistic, where densities train them "
+            f"(default: {DENSITY_DEFAULTS['balance']}); it falls to 0 after {BALANCED:.0%} of the steps. With 1 all "
+            "errors weigh the same; 0 for no weights",
+            from_none_to(2.0),
+            computed=True,
+        ),
+    ] = 0.0
+    warm_start: Annotated[
+        float,
+        Option(
+            TRAINING,
+            "part of the steps in which lv and logistic have one learned sigma for all dimensions "
+            f"(default: {DENSITY_DEFAULTS['warm_start']} for densities, {PROBABILITY_DEFAULTS['warm_start']} for "
+            f"probabilities); over the next {RAMP:.0%} the decoder's log sigma comes in; 0 for no such start",
+            from_none_to(1.0 - RAMP),
+            computed=True,
+        ),
+    ] = 0.0
+    num_components: Annotated[
+        int, Option(TRAINING, "logistic distributions in each of mixture's pixels", at_least(1))
+    ] = 5
+    beta: Annotated[
+        float,
+        Option(
+            TRAINING,
+            "weight of the KL in training (beta-VAE); results are ELBOs, with weight 1",
+            Range(lambda value: 0.0 <= value < math.inf, "a number from 0 on"),
+        ),
+    ] = 1.0
+    learning_rate: Annotated[float, Option(TRAINING, "peak learning rate of Adam", positive())] = 2e-3
+    decay: Annotated[bool, Option(TRAINING, "lower the learning rate to zero by a half cosine")] = True
+    sigma_rate: Annotated[
+        float,
+        Option(TRAINING, "learning rate of the LS-VAE's log sigma, as a multiple of the networks'", positive()),
+    ] = 10.0
+    clip_norm: Annotated[
+        float, Option(TRAINING, "largest norm of a gradient; longer ones are scaled down", positive())
+    ] = 1.0
+    warmup_steps: Annotated[int, Option(TRAINING, "steps in which the learning rate rises from zero")] = 0
+    ema_decay: Annotated[
+        float,
+        Option(
+            TRAINING,
+            "decay of the moving average of the weights that is evaluated; 0 for none",
+            Range(lambda value: 0.0 <= value < 1.0, "from 0, for none, to below 1"),
+        ),
+    ] = 0.0
+    sigma_from: Annotated[
+        str | None,
+        Option(
+            COMPARISON,
+            f"folder of a run whose LS-VAEs give {', '.join(FOLLOWERS)} their sigma, instead of this run's own",
+        ),
+    ] = None
+    num_importance_samples: Annotated[
+        int,
+        Option(
+            EVALUATION,
+            "draws of the importance-weighted bound on log p(x), evaluated beside the ELBO; 0 for none",
+            Range(lambda value: value >= 0, "0, for none, or more"),
+        ),
+    ] = 0
+    evidence: Annotated[
+        bool,
+        Option(
+            EVALUATION, "compute log p(x) of the models on the toy by quadrature: splits the gap to the true density"
+        ),
+    ] = False
+    image_size: ImageSize = None
+    levels: Levels = None
+    flip: Annotated[bool, Option(DATA, "mirror training images left to right at random")] = False
+    dequantize: Annotated[
+        bool,
+        Option(
+            LIKELIHOOD,
+            "add uniform noise to the grey levels of the n pixels, in training and evaluation: ELBO - n log(levels) "
+            "then bounds the log probability of the image (also --dequantise)",
+        ),
+    ] = False
+    discretise: Annotated[
+        bool,
+        Option(
+            LIKELIHOOD,
+            "give each grey level a probability: the ELBO then bounds the log probability of the image (also "
+            "--discretize; the default, without --density and --dequantize)",
+            computed=True,
+        ),
+    ] = False
+    fake_data: FakeData = False
+    celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
+
 
 def configure(**options: Any) -> Config:
     """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
@@ -88,6 +234,17 @@ def configure(**options: Any) -> Config:
         defaults = defaults | {"discretise": False}
     values = defaults | given
     return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
+
+
+def by_kind(name: str) -> str:
+    """The default of a field for each kind of data, in words."""
+
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    kinds = {"toy": "toy", "digits": "digits", "celeb_a": "celeb_a", "other images": "mnist"}
+    values = {kind: text(getattr(configure(dataset=dataset), name)) for kind, dataset in kinds.items()}
+    return "default: " + ", ".join(f"{value} for {kind}" for kind, value in values.items())
 
 
 def data_options(config: Config) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def test_unfit_comparison_is_refused(fake_sweep, tmp_path, config, change, messa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigma": (0.1, 0.0)}, "--sigma=0: every sigma must be a number from 1e-6 to 1e6"),
+        ({"sigma": (0.1, 0.0)}, "--sigma=0: every value must be a number from 1e-6 to 1e6"),
         ({"sigma": (float("nan"),)}, "--sigma=nan"),
         ({"sigma": (-1.0,)}, "--sigma=-1"),
         ({"compare": "nowhere"}, "--compare=nowhere: no finished run there"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import options
 from experiments.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +57,13 @@ def commands(page):
 
 
 def flags_of(module):
-    """The names of the flags that an experiment defines, with those that all share, read from the source."""
+    """The names of the flags that an experiment defines, with those that all share: read from the source, and declared
+    by the fields of its config."""
     names = {"help"}
+    config = getattr(importlib.import_module(f"experiments.{module}"), "Config", None)
+    if isinstance(config, type):
+        declared = options.declared(config)
+        names |= {*declared, *(f"no{name}" for name, (kind, _) in declared.items() if kind is bool)}
     for file in (ROOT / "experiments" / f"{module}.py", ROOT / "experiments/command.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
@@ -69,7 +75,7 @@ def flags_of(module):
     return names
 
 
-EXPERIMENTS = [path.stem for path in (ROOT / "experiments").glob("*.py") if "define_flags()" in path.read_text()]
+EXPERIMENTS = [path.stem for path in (ROOT / "experiments").glob("*.py") if "def define_flags()" in path.read_text()]
 FLAG = re.compile(r"(?<![\w-])--([a-z]\w*)")
 
 

@@ -204,15 +204,15 @@ def test_rows_are_numpy_s_means_over_seeds():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dims": (1,)}, "--dims=1: give dimensions from 2 on, each only once"),
+        ({"dims": (1,)}, "--dims=1: every value must be at least 2"),
         ({"dims": (2, 2)}, "--dims=2,2: give"),
         ({"dims": ()}, "--dims=: give"),
-        ({"sigma": (0.0,)}, "--sigma=0: give numbers from 0.001 to 1000, each only once"),
+        ({"sigma": (0.0,)}, "--sigma=0: every value must be a number from 0.001 to 1000"),
         ({"sigma": (0.3, 0.3)}, "--sigma=0.3,0.3: give"),
-        ({"sigma": (float("nan"),)}, "--sigma=nan: give"),
+        ({"sigma": (float("nan"),)}, "--sigma=nan: every value must be a number"),
         ({"sigma": ()}, "--sigma=: give"),
-        ({"radius": -1.0}, "--radius=-1: give"),
-        ({"radius": float("inf")}, "--radius=inf: give"),
+        ({"radius": -1.0}, "--radius=-1: must be a number"),
+        ({"radius": float("inf")}, "--radius=inf: must be a number"),
         ({"radius": 5.0}, "--radius=5: LS-VAEs here learn sigmas from half the critical one"),
         ({"radius": 0.005, "dims": (3,)}, "--radius=0.005: LS-VAEs here learn"),
         ({"num_seeds": 0}, "--num_seeds=0: must be at least 1"),
@@ -234,8 +234,8 @@ def test_nonsense_is_refused(tmp_path, change, message):
     ("words", "message"),
     [
         ("--dims=two", "--dims=two: every value must be a whole number"),
-        ("--dims=1", "--dims=1: give dimensions from 2 on"),
-        ("--sigma=0.3,0.3", "--sigma=0.3,0.3: give numbers"),
+        ("--dims=1", "--dims=1: every value must be at least 2"),
+        ("--sigma=0.3,0.3", "--sigma=0.3,0.3: give at least one, and each only once"),
     ],
 )
 def test_bad_flags(tmp_path, words, message):
@@ -247,7 +247,7 @@ def test_bad_flags(tmp_path, words, message):
 def test_command_ends_in_one_line(tmp_path):
     result = run_command("experiments.hypersphere", "--dims=1", f"--run_dir={tmp_path / 'run'}")
     assert result.returncode != 0
-    assert "--dims=1: give dimensions from 2 on" in result.stderr
+    assert "--dims=1: every value must be at least 2" in result.stderr
     assert result.stderr.startswith("hypersphere: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -553,7 +553,7 @@ def test_processes_that_cannot_be_joined(given, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--sigma=-1", "--sigma=-1: every sigma must be a positive number"),
+        ("--sigma=-1", "--sigma=-1: every value must be a positive number"),
         ("--dataset=nonesuch", "unknown data set 'nonesuch'"),
         ("--distributed", "give --coordinator_address"),
         ("--latent_size=none", "latent_size"),

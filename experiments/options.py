@@ -1,0 +1,129 @@
+"""Options that are declared once: the field of a config has the type, default, range and help of its flag.
+
+  class Config(NamedTuple):
+      num_steps: Annotated[int, Option("the training", "gradient steps", at_least(1))] = 3000
+
+A field without an `Option` has no flag.
+"""
+
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import command
+
+
+class Range(NamedTuple):
+    """The allowed values of an option. holds: tells whether a value is one; words: completes "must be"."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+class Option(NamedTuple):
+    """The flag of a field.
+
+    Attributes:
+      group: the title in --help.
+      help: the text, or a function that gives it.
+      range: the allowed values, each of them for a tuple; None for all.
+      computed: the default depends on other options; the flag itself has none.
+      repeats: a value may stand in a list more than once.
+    """
+
+    group: str
+    help: str | Callable[[], str]
+    range: Range | None = None
+    computed: bool = False
+    repeats: bool = False
+
+
+def at_least(low: int) -> Range:
+    """Numbers from `low` on."""
+    return Range(lambda value: value >= low, f"at least {low}")
+
+
+def positive() -> Range:
+    """Positive finite numbers."""
+    return Range(lambda value: 0.0 < value < math.inf, "a positive number")
+
+
+def from_none_to(high: float) -> Range:
+    """Numbers from 0, which stands for none, to `high`."""
+    return Range(lambda value: 0.0 <= value <= high, f"from 0, for none, to {high:g}")
+
+
+def declared(config: Any) -> dict[str, tuple[Any, Option]]:
+    """The type and the option of each field of a config class that has a flag."""
+    found = {}
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        for extra in getattr(hint, "__metadata__", ()):
+            found[name] = hint.__origin__, extra
+    return found
+
+
+def define(config: Any, groups: Sequence[str]) -> None:
+    """Defines the flags of a config class, whose groups --help lists in this order."""
+    makers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    fields = declared(config)
+    assert {option.group for _, option in fields.values()} == set(groups)
+    for title in groups:
+        with command.group(title):
+            for name, (kind, option) in fields.items():
+                if option.group != title:
+                    continue
+                default = None if option.computed else config._field_defaults[name]
+                text = option.help if isinstance(option.help, str) else option.help()
+                base = _base(kind)
+                if typing.get_origin(base) is tuple:
+                    flags.DEFINE_list(name, None if default is None else list(map(str, default)), text)
+                else:
+                    makers[base](name, default, text)
+
+
+def read(config: Any) -> dict[str, Any]:
+    """The values of the flags of a config class, lists as tuples of their type.
+
+    Raises:
+      command.UsageError: a value of a list is not a number.
+    """
+    values = {}
+    for name, (kind, _) in declared(config).items():
+        value, base = getattr(flags.FLAGS, name), _base(kind)
+        if typing.get_origin(base) is tuple and value is not None:
+            value = command.numbers(name, value, typing.get_args(base)[0])
+        values[name] = value
+    return values
+
+
+def check(config: Any) -> None:
+    """Raises if a value of the config is outside the range of its option, or a list is empty or repeats a value.
+
+    Raises:
+      command.UsageError: the message, one line, names the flag and the range.
+    """
+    for name, (_, option) in declared(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            if not option.repeats and (not value or len(set(value)) < len(value)):
+                raise command.UsageError(f"--{name}={_text(value)}: give at least one, and each only once")
+            for each in value:
+                if option.range is not None and not option.range.holds(each):
+                    raise command.UsageError(f"--{name}={_text((each,))}: every value must be {option.range.words}")
+        elif value is not None and option.range is not None and not option.range.holds(value):
+            raise command.UsageError(f"--{name}={_text((value,))}: must be {option.range.words}")
+
+
+def _base(kind: Any) -> Any:
+    """The type of the values of a field that may also be None."""
+    if isinstance(kind, types.UnionType):
+        return next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    return kind
+
+
+def _text(values: tuple[Any, ...]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
