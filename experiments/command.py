@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from absl import app, flags, logging
 from experiments import hosts
 from lvae_jax import datasets, runs
 
+FLAGS_OF_ARGUMENTS = {"name": "dataset", "path": "run_dir"}  # where the names differ
 HELP = ("--help", "-help", "-h", "--helpshort", "-?")
 
 _groups: dict[str, list[str]] = {}  # the flags that --help lists, by title
@@ -84,13 +86,23 @@ def start(name: str, main: Callable[[], None]) -> None:
             hosts.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
             main()
         except (UsageError, datasets.DatasetError, runs.RunError) as error:
-            sys.exit(f"{name}: {error}")
+            sys.exit(f"{name}: {with_flags(str(error))}")
         except KeyboardInterrupt:
             sys.exit(
                 f"{name}: interrupted; the same command goes on from its last checkpoint, or starts again without one"
             )
 
     app.run(guarded, flags_parser=parse)
+
+
+def with_flags(message: str) -> str:
+    """A message of the library, in which `argument` becomes the --flag that gives it."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = FLAGS_OF_ARGUMENTS.get(match[1], match[1])
+        return f"--{name}" if name in flags.FLAGS else match[0]
+
+    return re.sub(r"`(\w+)`", flag, message)
 
 
 def define_places(*, celeba: bool = True) -> None:

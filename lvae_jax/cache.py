@@ -59,5 +59,5 @@ def write(
         size = math.prod(shape) * np.dtype(dtype).itemsize
         raise DatasetError(
             f"no cache of {size / 1e9:.2g} GB can be written to {cache.parent} ({error.strerror}): "
-            "make room, or give another --data_dir"
+            "make room, or give another `data_dir`"
         ) from None

@@ -44,7 +44,7 @@ def images(celeba_dir: str, *, image_size: int, cache_dir: Path) -> tuple[np.nda
     for split in ("train", "test"):
         if not members[split]:
             raise DatasetError(
-                f"--celeba_dir={celeba_dir} holds no image of the {split} split: "
+                f"`celeba_dir`={celeba_dir} holds no image of the {split} split: "
                 f"add some, officially {SPLITS[split][0]:06}.jpg to {SPLITS[split][-1]:06}.jpg"
             )
         source = [f"{name} {jpegs[name].st_size} {jpegs[name].st_mtime_ns}" for name in members[split]]
@@ -107,12 +107,12 @@ def _folder(celeba_dir: str) -> tuple[Path, dict[str, os.stat_result], Callable[
         split_of = _partition(folder)
     except OSError as error:
         raise DatasetError(
-            f"--celeba_dir={celeba_dir}: {error.filename} cannot be read ({error.strerror}): "
+            f"`celeba_dir`={celeba_dir}: {error.filename} cannot be read ({error.strerror}): "
             "give the folder that holds 000001.jpg, with every image whole"
         ) from None
     if not files:
         raise DatasetError(
-            f"--celeba_dir={celeba_dir} holds no image called like 000001.jpg: give the folder img_align_celeba"
+            f"`celeba_dir`={celeba_dir} holds no image called like 000001.jpg: give the folder img_align_celeba"
         )
     return folder, files, split_of
 

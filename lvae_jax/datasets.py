@@ -144,34 +144,34 @@ def check(
     """
     of_celeba = name.partition(":")[0] == celeba.NAME
     asked = {
-        "--image_size": image_size is not None,
-        "--levels": levels is not None,
-        "--celeba_dir": celeba_dir is not None,
-        "--flip": flip,
-        "--dequantize": dequantize,
-        "--fake_data": fake_data,
-        "--manual_dir": manual_dir is not None,
+        "`image_size`": image_size is not None,
+        "`levels`": levels is not None,
+        "`celeba_dir`": celeba_dir is not None,
+        "`flip`": flip,
+        "`dequantize`": dequantize,
+        "`fake_data`": fake_data,
+        "`manual_dir`": manual_dir is not None,
     }
-    for flag in ("--image_size", "--celeba_dir"):
-        if asked[flag] and not of_celeba:
-            raise DatasetError(f"{flag} is for CelebA: leave it out, or give --dataset={celeba.NAME}")
-    for flag in ("--levels", "--flip", "--dequantize", "--fake_data"):
-        if asked[flag] and name == "toy":
-            raise DatasetError(f"{flag} is for images: leave it out, or give an image data set as --dataset")
-    for flag in ("--levels", "--fake_data", "--manual_dir"):
-        if asked[flag] and name == images.DIGITS:
+    for argument in ("`image_size`", "`celeba_dir`"):
+        if asked[argument] and not of_celeba:
+            raise DatasetError(f"{argument} is for CelebA: leave it out, or give `name`={celeba.NAME}")
+    for argument in ("`levels`", "`flip`", "`dequantize`", "`fake_data`"):
+        if asked[argument] and name == "toy":
+            raise DatasetError(f"{argument} is for images: leave it out, or give an image data set as `name`")
+    for argument in ("`levels`", "`fake_data`", "`manual_dir`"):
+        if asked[argument] and name == images.DIGITS:
             raise DatasetError(
-                f"{flag} is for 8-bit images that have to be downloaded, {images.DIGITS} come with scikit-learn: leave "
-                "it out, or give another --dataset"
+                f"{argument} is for 8-bit images that have to be downloaded, {images.DIGITS} come with scikit-learn: "
+                "leave it out, or give another `name`"
             )
     if levels is not None and levels not in REDUCED_LEVELS:
-        raise DatasetError(f"--levels={levels}: must be one of {', '.join(map(str, REDUCED_LEVELS))}")
-    sources = [flag for flag in ("--fake_data", "--celeba_dir", "--manual_dir") if asked[flag]]
+        raise DatasetError(f"`levels`={levels}: must be one of {', '.join(map(str, REDUCED_LEVELS))}")
+    sources = [argument for argument in ("`fake_data`", "`celeba_dir`", "`manual_dir`") if asked[argument]]
     if len(sources) > 1:
-        raise DatasetError(f"{' and '.join(sources)}: images come from one source, leave one flag out")
+        raise DatasetError(f"{' and '.join(sources)}: images come from one source, leave one out")
     if of_celeba and image_size not in celeba.SIDES:
         raise DatasetError(
-            f"--image_size={image_size}: must be from {celeba.SIDES[0]} to {celeba.SIDES[-1]}, "
+            f"`image_size`={image_size}: must be from {celeba.SIDES[0]} to {celeba.SIDES[-1]}, "
             "CelebA's images are cropped to that"
         )
     if name not in ("toy", images.DIGITS) and celeba_dir is None:

@@ -185,7 +185,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     except Exception as error:  # not found, not installed, not a name, prepared in another format
         if "File format is already set" in str(error):
             raise DatasetError(
-                f"{folder} holds {name!r} in another file format than array_record: give another --data_dir"
+                f"{folder} holds {name!r} in another file format than array_record: give another `data_dir`"
             ) from None
         raise DatasetError(
             f"unknown data set {name!r}: give toy, digits, mnist or the name of another TFDS image data set"
@@ -214,9 +214,9 @@ def _prepare(builder: Any, manual_dir: str | None) -> None:
         )
     files = {url: info.filename for url, info in (builder.url_infos or {}).items() if info.filename}
     absent = {url: name for url, name in files.items() if manual_dir is None or not Path(manual_dir, name).exists()}
-    by_hand = f"put {', '.join(absent.values()) or 'its original archives'} into the folder that --manual_dir names"
+    by_hand = f"put {', '.join(absent.values()) or 'its original archives'} into the folder that `manual_dir` names"
     if builder.name == celeba.NAME:
-        by_hand += ", or give the folder of its JPEGs as --celeba_dir"
+        by_hand += ", or give the folder of its JPEGs as `celeba_dir`"
     # TFDS would go on trying for minutes.
     for url in list(absent)[:1]:
         try:

@@ -40,15 +40,15 @@ def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any
     try:
         if not file.exists():
             if path.exists() and any(child != _temporary(file) for child in path.iterdir()):
-                raise RunError(f"{path} is not empty and not a run directory: give another --run_dir")
+                raise RunError(f"{path} is not empty and not a run directory: give another `path`")
             return None
     except OSError as error:
-        raise RunError(f"{path} cannot be used ({error.strerror}): give another --run_dir") from None
+        raise RunError(f"{path} cannot be used ({error.strerror}): give another `path`") from None
     recorded, asked = read_flags(path, defaults=defaults), json.loads(json.dumps(dict(flags)))
     if recorded != asked:
         names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
         changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
-        raise RunError(f"{path} belongs to a run with other flags ({changes}): give another --run_dir")
+        raise RunError(f"{path} belongs to a run with other flags ({changes}): give another `path`")
     return read_json(summary) if summary.exists() else None
 
 
@@ -62,11 +62,11 @@ def make_run(path: Path, flags: Mapping[str, Any]) -> None:
     try:
         write_json(file, flags)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}): give another --run_dir") from None
+        raise RunError(f"{path} cannot be written ({error.strerror}): give another `path`") from None
     finally:
         multihost_utils.sync_global_devices(str(file))
     if not file.exists():
-        raise RunError(f"{path} is not on a file system that all processes share: give a --run_dir that is")
+        raise RunError(f"{path} is not on a file system that all processes share: give a `path` that is")
 
 
 def read_flags(path: Path, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError:
-        raise RunError(f"{file} is damaged: delete {path} to start again, or give another --run_dir") from None
+        raise RunError(f"{file} is damaged: delete {path} to start again, or give another `path`") from None
 
 
 def read_curves(path: Path) -> dict[tuple[str, int], dict[str, np.ndarray]]:
@@ -206,7 +206,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises whatever its storage layers raise
             raise RunError(
                 f"the checkpoint {self._path / str(step)} is damaged, or of another shape or version: "
-                "repeat the run in another --run_dir"
+                "repeat the run in another `path`"
             ) from error
 
     def __enter__(self) -> "Checkpoints":

@@ -277,13 +277,13 @@ def full_at_the_end(monkeypatch):
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, full):
     with monkeypatch.context() as disk:
         full(disk)
-        assert_refused(folder, tmp_path / "data", "No space left on device.*make room, or give another --data_dir")
+        assert_refused(folder, tmp_path / "data", "No space left on device.*make room, or give another `data_dir`")
     load(folder, tmp_path / "data")
 
 
 def test_a_place_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(datasets.DatasetError, match="give another --data_dir"):
+    with pytest.raises(datasets.DatasetError, match="give another `data_dir`"):
         load(folder, tmp_path / "data")
 
 
@@ -395,7 +395,7 @@ def test_celeba_from_its_archives(archives, registered, tmp_path, monkeypatch):
 def test_archives_that_are_not_the_original_are_refused(archives, tmp_path):
     with pytest.raises(datasets.DatasetError, match="could not prepare 'celeb_a', put") as error:
         images.tfds_images("celeb_a", image_size=16, data_dir=str(tmp_path), manual_dir=str(archives))
-    assert "--celeba_dir" in str(error.value)
+    assert "`celeba_dir`" in str(error.value)
     assert "checksum" in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.npy"))

@@ -197,7 +197,7 @@ def test_finished_run_is_of_its_files(tmp_path):
     assert summary["num_examples"] == 3
     assert compute(config, tmp_path / "run", **places)[0] == summary
     (folder / "000003.jpg").unlink()
-    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another --run_dir"):
+    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another `path`"):
         compute(config, tmp_path / "run", **places)
 
 
@@ -250,8 +250,8 @@ def test_unfit_comparison_is_refused(fake_sweep, tmp_path, config, change, messa
         ({"sigma": (-1.0,)}, "--sigma=-1"),
         ({"compare": "nowhere"}, "--compare=nowhere: no finished run there"),
         ({"dataset": "nonesuch"}, "unknown data set 'nonesuch'"),
-        ({"dataset": "toy"}, "--fake_data is for images"),
-        ({"image_size": 28}, "--image_size is for CelebA"),
+        ({"dataset": "toy"}, "`fake_data` is for images"),
+        ({"image_size": 28}, "`image_size` is for CelebA"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, change, message):

@@ -179,19 +179,19 @@ def test_the_density_of_dequantised_pixels_bounds_the_probability_of_the_image(s
 
 
 NONSENSE = [
-    ("toy", {"flip": True}, "--flip is for images"),
-    ("toy", {"dequantize": True}, "--dequantize is for images"),
-    ("toy", {"fake_data": True}, "--fake_data is for images"),
-    ("toy", {"image_size": 0}, "--image_size is for CelebA"),
-    ("mnist", {"image_size": 28}, "--image_size is for CelebA"),
-    ("mnist", {"celeba_dir": "."}, "--celeba_dir is for CelebA"),
-    ("celeb_a", {}, "--image_size=None: must be from 8 to 148"),
-    ("celeb_a", {"image_size": 7}, "--image_size=7: must be from 8 to 148"),
-    ("celeb_a", {"image_size": 149, "celeba_dir": "."}, "--image_size=149: must be from 8 to 148"),
-    ("celeb_a", {"image_size": 0, "fake_data": True}, "--image_size=0: must be from 8 to 148"),
-    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "manual_dir": "."}, "one source, leave one flag out"),
-    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "fake_data": True}, "one source, leave one flag out"),
-    ("mnist", {"fake_data": True, "manual_dir": "."}, "--fake_data and --manual_dir: .* leave one flag out"),
+    ("toy", {"flip": True}, "`flip` is for images"),
+    ("toy", {"dequantize": True}, "`dequantize` is for images"),
+    ("toy", {"fake_data": True}, "`fake_data` is for images"),
+    ("toy", {"image_size": 0}, "`image_size` is for CelebA"),
+    ("mnist", {"image_size": 28}, "`image_size` is for CelebA"),
+    ("mnist", {"celeba_dir": "."}, "`celeba_dir` is for CelebA"),
+    ("celeb_a", {}, "`image_size`=None: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 7}, "`image_size`=7: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 149, "celeba_dir": "."}, "`image_size`=149: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 0, "fake_data": True}, "`image_size`=0: must be from 8 to 148"),
+    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "manual_dir": "."}, "one source, leave one out"),
+    ("celeb_a", {"image_size": 64, "celeba_dir": ".", "fake_data": True}, "one source, leave one out"),
+    ("mnist", {"fake_data": True, "manual_dir": "."}, "`fake_data` and `manual_dir`: .* leave one out"),
     ("nonesuch", {"fake_data": True}, "unknown data set 'nonesuch'"),
     ("CelebA", {}, "TFDS calls it 'celeb_a', give this name"),
 ]
@@ -253,7 +253,7 @@ def test_neither_network_nor_archives(tmp_path, monkeypatch, manual):
     if manual:
         (tmp_path / manual).mkdir()
     with pytest.raises(
-        datasets.DatasetError, match=r"cannot be downloaded.*train-images-idx3-ubyte\.gz.*--manual_dir"
+        datasets.DatasetError, match=r"cannot be downloaded.*train-images-idx3-ubyte\.gz.*`manual_dir`"
     ) as error:
         datasets.load("mnist", data_dir=str(tmp_path), manual_dir=manual and str(tmp_path / manual))
     assert "\n" not in str(error.value)

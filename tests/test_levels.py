@@ -152,7 +152,7 @@ def test_reduced_levels_drop_low_bits():
 
 @pytest.mark.parametrize(
     ("name", "levels", "message"),
-    [("mnist", 17, "--levels=17: must be one of 2, 4, "), ("toy", 32, "is for images"), ("digits", 8, "is for 8-bit")],
+    [("mnist", 17, "`levels`=17: must be one of 2, 4, "), ("toy", 32, "is for images"), ("digits", 8, "is for 8-bit")],
 )
 def test_refused_levels(name, levels, message):
     with pytest.raises(datasets.DatasetError, match=message):

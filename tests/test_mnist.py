@@ -127,5 +127,5 @@ def test_other_file_format(mnist_dir, tmp_path):
     for shard in info.parent.glob("*.array_record*"):
         shard.rename(shard.with_name(shard.name.replace("array_record", "tfrecord")))
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(datasets.DatasetError, match=r"another file format.*--data_dir"):
+    with pytest.raises(datasets.DatasetError, match=r"another file format.*`data_dir`"):
         datasets.load("mnist", data_dir=str(tmp_path))

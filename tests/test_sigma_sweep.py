@@ -439,7 +439,7 @@ def test_celeba_from_a_folder(tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert run_sweep(config, tmp_path / "run", celeba_dir=str(copy), **places) == summary
     PIL.Image.new("RGB", (178, 218), "black").save(copy / "000002.jpg")
-    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another --run_dir"):
+    with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another `path`"):
         run_sweep(config, tmp_path / "run", celeba_dir=str(copy), **places)
 
 
@@ -489,8 +489,8 @@ BAD = {
     "--dataset=mnist:9.9.9": "unknown data set",
     "--dataset=celeb_a --image_size=149": "from 8 to 148",
     "--dataset=celeb_a --celeba_dir=nowhere": "give the folder that holds 000001.jpg",
-    "--dataset=mnist --celeba_dir=.": "--celeba_dir is for CelebA",
-    "--flip": "--flip is for images",
+    "--dataset=mnist --celeba_dir=.": "`celeba_dir` is for CelebA",
+    "--flip": "`flip` is for images",
     "--variants=lv_star": "add ls",
     "--variants=lv_star --sigma_from=nowhere": "its mean from LS runs: add ls",
     "--balance=-1": "from 0, for none, to 2",
@@ -504,8 +504,8 @@ BAD = {
     "--dataset=mnist --discretise --dequantize": "exclude each other",
     "--discretise": "--discretise is for images",
     "--discretize": "--discretise is for images",
-    "--dequantise": "--dequantize is for images",
-    "--levels=32": "--levels is for images",
+    "--dequantise": "`dequantize` is for images",
+    "--levels=32": "`levels` is for images",
     "--dataset=mnist --evidence": "--evidence is for --dataset=toy",
     "--num_importance_samples=-1": "must be 0, for none, or more",
     "--sigma_from=nowhere --variants=replay": "no finished run",
@@ -555,6 +555,7 @@ def test_processes_that_cannot_be_joined(given, message):
     [
         ("--sigma=-1", "--sigma=-1: every value must be a positive number"),
         ("--dataset=nonesuch", "unknown data set 'nonesuch'"),
+        ("--levels=32", "--levels is for images: leave it out, or give an image data set as --dataset"),
         ("--distributed", "give --coordinator_address"),
         ("--latent_size=none", "latent_size"),
         ("--no_such_flag", "no_such_flag"),
