@@ -231,22 +231,12 @@ def fit(
         return states, record
 
     interval = max(1, min(100, num_steps // 100))  # between two lines of metrics
+    streamed = train is None and dataset.train is not None
     # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
     fused = 1 if jax.default_backend() == "cpu" else math.gcd(interval, num_steps)
-    streamed = train is None and dataset.train is not None
     if streamed:
         fused = fitting_divisor(fused, num_members * batch_size * dataset.train[0].nbytes, STREAMED_BYTES)
-
-    def batches(first: int) -> tuple[Any, Any]:
-        """The indices, and if they are streamed the examples, of the `fused` steps from `first` on."""
-        steps = range(first, first + fused)
-        whole = [[dataset.indices(int(seed), s, batch_size) for seed in group.seeds] for s in steps]
-        indices = on_devices.share(np.asarray(whole))
-        if streamed:
-            return jax.device_put((indices, np.asarray(dataset.train[indices])), on_devices.batches)
-        return indices, None
-
-    feed = (prefetch if streamed else map)(batches, range(step, num_steps, fused))
+    batches = feed(group, dataset, on_devices, range(step, num_steps, fused), fused, batch_size, streamed=streamed)
     seeds, sigmas, states = on_devices.place((group.seeds, group.sigmas, states))
     saved = time.monotonic()
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
@@ -254,25 +244,13 @@ def fit(
             stop = min(step + interval, num_steps)
             parts = []
             for _ in range(step, stop, fused):
-                states, metrics = programs.steps(seeds, sigmas, states, train, *next(feed))
+                states, metrics = programs.steps(seeds, sigmas, states, train, *next(batches))
                 parts.append(metrics)
             parts = on_devices.collect(parts, num_members, 1)
             metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
-            scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
-            if not np.isfinite([scores.elbo, gradient_norm]).all():
-                raise runs.RunError(
-                    f"training of {group.name} diverged before step {stop}: give another --sigma, or a lower "
-                    "--learning_rate"
-                )
-            lines = [
-                {"group": group.name, "member": member, "seed": int(seed), "step": stop}
-                | {name: float(values[member]) for name, values in scores._asdict().items()}
-                | {"gradient_norm": float(gradient_norm[member])}
-                for member, seed in enumerate(group.seeds)
-            ]
-            runs.append_metrics(run_dir, lines)
+            elbo = write_metrics(run_dir, group, metrics, stop)
             record[:, step:stop] = metrics.scores.sigma_max
-            bar.set_postfix_str(f"ELBO {scores.elbo.mean():.4g} nats", refresh=False)
+            bar.set_postfix_str(f"ELBO {elbo:.4g} nats", refresh=False)
             bar.update((stop - step) * num_members)
             step = stop
             if step == num_steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -280,6 +258,52 @@ def fit(
                 checkpoints.save(step, (kept, record))
                 saved = time.monotonic()
     return jax.device_put(kept), record
+
+
+def feed(
+    group: Group,
+    dataset: Dataset,
+    layout: devices.Layout,
+    firsts: range,
+    num_fused: int,
+    batch_size: int,
+    *,
+    streamed: bool,
+) -> Iterator[tuple[Any, Any]]:
+    """For each of `firsts`, the indices of the batches of the `num_fused` steps from there on and, if they are
+    `streamed`, the examples, else None: as `Programs.steps` takes them."""
+
+    def batches(first: int) -> tuple[Any, Any]:
+        steps = range(first, first + num_fused)
+        whole = [[dataset.indices(int(seed), step, batch_size) for seed in group.seeds] for step in steps]
+        indices = layout.share(np.asarray(whole))
+        if streamed:
+            return jax.device_put((indices, np.asarray(dataset.train[indices])), layout.batches)
+        return indices, None
+
+    return (prefetch if streamed else map)(batches, firsts)
+
+
+def write_metrics(run_dir: Path, group: Group, metrics: training.Metrics, step: int) -> float:
+    """Appends a line for each member with the means of its metrics [M, K] over the K steps before `step`; returns the
+    mean ELBO.
+
+    Raises:
+      runs.RunError: training diverged.
+    """
+    scores, gradient_norm = vae_lib.summary(metrics.scores), metrics.gradient_norm.mean(axis=-1)
+    if not np.isfinite([scores.elbo, gradient_norm]).all():
+        raise runs.RunError(
+            f"training of {group.name} diverged before step {step}: give another --sigma, or a lower --learning_rate"
+        )
+    lines = [
+        {"group": group.name, "member": member, "seed": int(seed), "step": step}
+        | {name: float(values[member]) for name, values in scores._asdict().items()}
+        | {"gradient_norm": float(gradient_norm[member])}
+        for member, seed in enumerate(group.seeds)
+    ]
+    runs.append_metrics(run_dir, lines)
+    return float(scores.elbo.mean())
 
 
 def fitting_divisor(count: int, size: int, limit: int) -> int:

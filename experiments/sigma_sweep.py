@@ -10,9 +10,9 @@ and reports a finished one again. It takes from one and a half to ten minutes on
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,10 +166,57 @@ def train_all(
     """
     train = loop.place(dataset)
     order = [variant for variant in VARIANTS if variant in config.variants]
+    programs = compile_all(config, dataset, order)
+    if record is not None:
+        keep_record(path, record)
+    check_checkpoints(config, path, dataset, programs)
+    kind = kind_of(config, dataset)
+    members: list[dict[str, Any]] = []
+    panels: list[figures.Panel] = []
+    rows: list[dict[str, Any]] = []
+    trained: vae_lib.Params | None = None  # of the leader
+    quiet = jax.process_index() != 0
     num_members = config.num_seeds * sum(len(config.sigma) if VARIANTS[variant].swept else 1 for variant in order)
-    schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
-    # A vmapped convolution with a kernel for each member is a grouped one, which is slow: images train one by one.
-    alone = len(dataset.shape) == 3
+    total = num_members * config.num_steps
+    # smoothing=0: the time that is left follows from the mean rate, in which every variant's compilation counts.
+    with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0, disable=quiet) as bar:
+        for variant in order:
+            bar.set_description(VARIANTS[variant].title)
+            begin = trained if VARIANTS[variant].after_leader else None
+            groups = sweep.groups(config, variant, record, alone=trains_alone(dataset), trained=begin)
+            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
+            done = train_variant(config, path, variant, groups, programs[variant], dataset, train, errors, bar)
+            if VARIANTS[variant].leads:
+                record, trained = done.record, done.weights
+                keep_record(path, record)
+            members += done.members
+            panels += done.panels
+            for title, part in report.by_row(done.members).items():
+                rows.append(report.row(part, dataset.shape, kind=kind, levels=dataset.levels))
+                if not quiet:
+                    with tqdm.tqdm.external_write_mode():
+                        echo(report.line(title, rows[-1]))
+    summary = summarise(config, dataset, rows, members)
+    if jax.process_index() == 0:  # which has all metrics
+        report.draw(path, summary, panels)
+    return summary
+
+
+def trains_alone(dataset: datasets.Dataset) -> bool:
+    """Whether members are trained one by one. A vmapped convolution with a kernel for each member is a grouped one,
+    which is slow."""
+    return len(dataset.shape) == 3
+
+
+def kind_of(config: Config, dataset: datasets.Dataset) -> str:
+    """The kind of the ELBOs, as `report.row` takes it."""
+    if dataset.levels is None:
+        return "points"
+    return "dequantised" if config.dequantize else "discretised" if config.discretise else "density"
+
+
+def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str]) -> dict[str, loop.Programs]:
+    """The programs of each variant; variants that differ only in the values of sigma share theirs."""
     names = ("num_steps", "learning_rate", "decay", "sigma_rate", "clip_norm", "warmup_steps", "ema_decay")
     training_options: dict[str, Any] = {name: getattr(config, name) for name in names}
     warmup = optax.linear_schedule(0.0, config.beta, sweep.half_way(config))
@@ -182,59 +229,81 @@ def train_all(
             compiled[program] = loop.compile_programs(
                 dataset, make, beta=beta, dequantised=config.dequantize, **training_options
             )
-    programs = {variant: compiled[VARIANTS[variant].program] for variant in order}
-    if record is not None:
-        keep_record(path, record)
-    for variant in order:  # a damaged checkpoint has to come to light before any work
-        for group in sweep.groups(config, variant, sweep.any_record(config), alone=alone):
+    return {variant: compiled[VARIANTS[variant].program] for variant in order}
+
+
+def check_checkpoints(
+    config: Config, path: Path, dataset: datasets.Dataset, programs: Mapping[str, loop.Programs]
+) -> None:
+    """Raises if a checkpoint of the run cannot be restored: before any work, not after the variants before it.
+
+    Raises:
+      runs.RunError: the checkpoint is damaged, or of another shape or version.
+    """
+    for variant in programs:
+        for group in sweep.groups(config, variant, sweep.any_record(config), alone=trains_alone(dataset)):
             if (path / "checkpoints" / group.name).exists():
                 loop.start(path, group, programs[variant], num_steps=config.num_steps)
+
+
+class Trained(NamedTuple):
+    """The results of a variant. members, panels: see `evaluate`, the panels of the first seed; record: sigma(t) of all
+    members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with
+    them, else None."""
+
+    members: list[dict[str, Any]]
+    panels: list[figures.Panel]
+    record: Record
+    weights: vae_lib.Params | None
+
+
+def train_variant(
+    config: Config,
+    path: Path,
+    variant: str,
+    groups: Sequence[loop.Group],
+    programs: loop.Programs,
+    dataset: datasets.Dataset,
+    train: Any,
+    errors: Mapping[int, float],
+    bar: tqdm.tqdm,
+) -> Trained:
+    """Trains and evaluates the groups of a variant. `train` is what `loop.place` returned; `errors` are those of
+    `evaluate`.
+
+    Raises:
+      runs.RunError: a checkpoint is damaged, or training diverged.
+    """
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
-    rows: list[dict[str, Any]] = []
-    leaders: list[vae_lib.Params] = []  # the trained params of each group
-    continued = any(VARIANTS[variant].after_leader for variant in order)
-    kind = "points" if dataset.levels is None else "density"
-    kind = "dequantised" if config.dequantize else "discretised" if config.discretise else kind
-    quiet = jax.process_index() != 0
-    total = num_members * config.num_steps
-    # smoothing=0: the time that is left follows from the mean rate, in which every variant's compilation counts.
-    with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0, disable=quiet) as bar:
-        for variant in order:
-            bar.set_description(VARIANTS[variant].title)
-            records: list[np.ndarray] = []
-            variant_members: list[dict[str, Any]] = []
-            trained = None
-            if VARIANTS[variant].after_leader:
-                trained = jax.tree.map(lambda *parts: np.concatenate(parts), *leaders)
-            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
-            for group in sweep.groups(config, variant, record, alone=alone, trained=trained):
-                states, sigmas = loop.fit(path, group, programs[variant], dataset, train, **schedule, bar=bar)
-                group_members, group_panels = evaluate(
-                    config, variant, group, programs[variant], states, dataset, errors
-                )
-                if continued and VARIANTS[variant].leads:
-                    leaders.append(jax.device_get(states.weights))
-                sigmas[:, -1] = [member["sigma_max"] for member in group_members]
-                records.append(sigmas)
-                variant_members += group_members
-                panels += [panel for seed, panel in zip(group.seeds, group_panels, strict=True) if seed == config.seed]
-            if VARIANTS[variant].leads:
-                record = np.concatenate(records)
-                keep_record(path, record)
-            members += variant_members
-            for title, part in report.by_row(variant_members).items():
-                rows.append(report.row(part, dataset.shape, kind=kind, levels=dataset.levels))
-                if not quiet:
-                    with tqdm.tqdm.external_write_mode():
-                        echo(report.line(title, rows[-1]))
+    records: list[Record] = []
+    weights: list[vae_lib.Params] = []
+    schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
+    continued = any(VARIANTS[other].after_leader for other in config.variants)
+    for group in groups:
+        states, sigmas = loop.fit(path, group, programs, dataset, train, **schedule, bar=bar)
+        group_members, group_panels = evaluate(config, variant, group, programs, states, dataset, errors)
+        if continued and VARIANTS[variant].leads:
+            weights.append(jax.device_get(states.weights))
+        sigmas[:, -1] = [member["sigma_max"] for member in group_members]
+        records.append(sigmas)
+        members += group_members
+        panels += [panel for seed, panel in zip(group.seeds, group_panels, strict=True) if seed == config.seed]
+    together = jax.tree.map(lambda *parts: np.concatenate(parts), *weights) if weights else None
+    return Trained(members, panels, np.concatenate(records), together)
+
+
+def summarise(
+    config: Config, dataset: datasets.Dataset, rows: list[dict[str, Any]], members: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What summary.json holds; the rows of the toy get its limits."""
     summary: dict[str, Any] = {
         "rows": rows,
         "members": members,
         "dataset": config.dataset,
         "shape": list(dataset.shape),
         "levels": dataset.levels,
-        "kind": kind,
+        "kind": kind_of(config, dataset),
         "num_dimensions": math.prod(dataset.shape),
         "latent_size": config.latent_size,
         "num_test_examples": len(dataset.test),
@@ -254,8 +323,6 @@ def train_all(
         key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
         true = np.asarray(dataset.batch(None, key, jnp.arange(1000)))
         summary["true_measures"] = toy_measures(true, true, true, dataset.test)
-    if jax.process_index() == 0:  # which has all metrics
-        report.draw(path, summary, panels)
     return summary
 
 
