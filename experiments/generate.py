@@ -29,14 +29,13 @@ import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, sweep
+from experiments import command, domains, sweep
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
 from lvae_jax import vae as vae_lib
 
 NUM_PATHS = 8
 NUM_POINTS = 8  # on each path, the ends included
-SHOWN = 64  # images of a kind in a figure, which shows all points in the plane
 
 
 def run(
@@ -82,6 +81,7 @@ def run(
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
+    _, shown = domains.of(config.dataset).num_drawn
     vaes = {variant: sweep.trained_vae(config, variant, shape) for variant in groups.values()}
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
@@ -91,7 +91,7 @@ def run(
         arrays = jax.device_get(programs[member["variant"]](key, params=params, x=x))
         runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))
         title = f"{VARIANTS[member['variant']].title}, sigma = {member['sigma']:.3g}, seed {member['seed']}"
-        figure = figures.gallery(title, panels(arrays, shape), unit=summary["unit"])
+        figure = figures.gallery(title, panels(arrays, shape, shown=shown), unit=summary["unit"])
         runs.replace(folder / f"{name}.png", functools.partial(figure.savefig, dpi=120))
         echo(f"{title}: {folder / name}.npz and .png")
     return record
@@ -148,7 +148,7 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int |
             files += found
         else:
             files.append(path)
-    examples = [read_file(file, shape) for file in files]
+    examples = [read_file(file, shape, levels=levels) for file in files]
     for file, value in zip(files, examples, strict=True):
         if levels is not None and value.max() >= levels:
             raise command.UsageError(
@@ -157,7 +157,7 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int |
     return np.concatenate(examples)
 
 
-def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.ndarray:
     """The examples in one file, as `read_images` says."""
     try:
         if file.suffix.lower() == ".npy":
@@ -183,14 +183,12 @@ def read_file(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     ) as error:
         reason = " ".join(str(error).split())
         raise command.UsageError(f"--images={file} cannot be read as a .npy, PNG or JPEG file: {reason}") from None
-    is_image = len(shape) == 3
     if value.ndim != len(shape) + 1 or value.shape[1:] != shape or len(value) == 0:
         raise command.UsageError(f"--images={file}: give [N, {', '.join(map(str, shape))}], not {list(value.shape)}")
-    if value.dtype != np.uint8 if is_image else value.dtype.kind not in "fiu":
-        raise command.UsageError(
-            f"--images={file}: give {'8-bit pixels (uint8)' if is_image else 'real numbers'}, not {value.dtype}"
-        )
-    if is_image:
+    if value.dtype != np.uint8 if levels is not None else value.dtype.kind not in "fiu":
+        wanted = "real numbers" if levels is None else "8-bit pixels (uint8)"
+        raise command.UsageError(f"--images={file}: give {wanted}, not {value.dtype}")
+    if levels is not None:
         return value
     with np.errstate(over="ignore"):
         points = value.astype(np.float32)
@@ -247,9 +245,11 @@ def pictures(
     return arrays
 
 
-def panels(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """The panels of a figure of one model's arrays: title -> (examples, their stddevs)."""
-    shown = SHOWN if len(shape) == 3 else None
+def panels(
+    arrays: dict[str, np.ndarray], shape: tuple[int, ...], *, shown: int | None
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """The panels of a figure of one model's arrays, at most `shown` examples each: title -> (examples, their
+    stddevs)."""
     flat = {name: array.reshape(-1, *shape)[:shown] for name, array in arrays.items()}
     of_prior = {
         "samples": (flat["samples"], None),

@@ -23,7 +23,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from experiments import command, report, sweep
+from experiments import command, domains, report, sweep
 from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
 
@@ -142,8 +142,8 @@ def run(
         raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
     path = Path(run_dir).expanduser()
     config, summary = sweep.read_run(path)
-    if config.dataset == "toy" or config.fake_data:
-        what = "of the toy" if config.dataset == "toy" else "with --fake_data"
+    if config.fake_data or not domains.of(config.dataset).has_levels:
+        what = "with --fake_data" if config.fake_data else f"of the {config.dataset}"
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / "quality.json"
     if file.exists():

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,14 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
     return [textwrap.fill(note, 118) for note in notes]
 
 
-def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]) -> None:
-    """Writes the run's figures."""
+def draw(
+    path: Path,
+    summary: Mapping[str, Any],
+    panels: Sequence[figures.Panel],
+    *,
+    draw_panels: Callable[..., figures.Figure],
+) -> None:
+    """Writes the run's figures; `draw_panels` is that of the data's `Domain`."""
     metrics = runs.read_curves(path)
 
     def curves(part: Sequence[dict[str, Any]]) -> figures.Curves:
@@ -202,7 +208,6 @@ def draw(path: Path, summary: Mapping[str, Any], panels: Sequence[figures.Panel]
         for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
         if VARIANTS[part[0]["variant"]].sigma is not Sigma.CONSTANT
     }
-    draw_panels = figures.image_panels if len(summary["shape"]) == 3 else figures.plane_panels
     colours = COLOURS if learned else None  # where all models are F-VAEs, colours tell their sigmas apart
     drawings = {
         "samples": draw_panels(panels, unit=summary["unit"]),

@@ -21,7 +21,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, hosts, loop, options, report, sweep
+from experiments import command, domains, hosts, loop, options, report, sweep
 from experiments.sweep import (
     Config,
     configure,
@@ -34,9 +34,7 @@ from lvae_jax import (
     diagnostics,
     evaluation,
     figures,
-    measures,
     runs,
-    toy,
     training,
 )
 from lvae_jax import vae as vae_lib
@@ -102,14 +100,15 @@ def check(config: Config, **places: Any) -> None:
             f"--sigma_from serves {', '.join(FOLLOWERS)} in place of {LEADER}: name one of those in --variants, not "
             f"{LEADER}"
         )
-    if min(config.widths, default=0) < 1 or (config.dataset == "toy" and len(config.widths) > 1):
-        number = "one positive number" if config.dataset == "toy" else "positive numbers"
+    domain = domains.of(config.dataset)
+    if min(config.widths, default=0) < 1 or (domain.one_width and len(config.widths) > 1):
+        number = "one positive number" if domain.one_width else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
-    if config.discretise and config.dataset == "toy":
+    if config.discretise and not domain.has_levels:
         raise command.UsageError("--discretise is for images: leave it out, or give another --dataset")
     if config.discretise and config.dequantize:
         raise command.UsageError(EXCLUDING)
-    if config.evidence and (config.dataset != "toy" or config.latent_size > 2):
+    if config.evidence and (domain.evidence is None or config.latent_size > 2):
         raise command.UsageError(
             "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
         )
@@ -118,7 +117,7 @@ def check(config: Config, **places: Any) -> None:
     if not 0 <= config.seed < 2**31 - config.num_seeds:
         raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
     datasets.check(config.dataset, **data_options(config), **places)
-    if config.dataset != "toy" and config.batch_size % jax.device_count():
+    if domain.alone and config.batch_size % jax.device_count():
         raise command.UsageError(
             f"--batch_size={config.batch_size}: the {jax.device_count()} devices share each batch of images, give a "
             f"multiple of {jax.device_count()}"
@@ -169,7 +168,7 @@ def train_all(
     programs = compile_all(config, dataset, order)
     if record is not None:
         keep_record(path, record)
-    check_checkpoints(config, path, dataset, programs)
+    check_checkpoints(config, path, programs)
     kind = kind_of(config, dataset)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
@@ -183,7 +182,7 @@ def train_all(
         for variant in order:
             bar.set_description(VARIANTS[variant].title)
             begin = trained if VARIANTS[variant].after_leader else None
-            groups = sweep.groups(config, variant, record, alone=trains_alone(dataset), trained=begin)
+            groups = sweep.groups(config, variant, record, trained=begin)
             errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
             done = train_variant(config, path, variant, groups, programs[variant], dataset, train, errors, bar)
             if VARIANTS[variant].leads:
@@ -198,14 +197,8 @@ def train_all(
                         echo(report.line(title, rows[-1]))
     summary = summarise(config, dataset, rows, members)
     if jax.process_index() == 0:  # which has all metrics
-        report.draw(path, summary, panels)
+        report.draw(path, summary, panels, draw_panels=domains.of(config.dataset).draw)
     return summary
-
-
-def trains_alone(dataset: datasets.Dataset) -> bool:
-    """Whether members are trained one by one. A vmapped convolution with a kernel for each member is a grouped one,
-    which is slow."""
-    return len(dataset.shape) == 3
 
 
 def kind_of(config: Config, dataset: datasets.Dataset) -> str:
@@ -232,16 +225,14 @@ def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str])
     return {variant: compiled[VARIANTS[variant].program] for variant in order}
 
 
-def check_checkpoints(
-    config: Config, path: Path, dataset: datasets.Dataset, programs: Mapping[str, loop.Programs]
-) -> None:
+def check_checkpoints(config: Config, path: Path, programs: Mapping[str, loop.Programs]) -> None:
     """Raises if a checkpoint of the run cannot be restored: before any work, not after the variants before it.
 
     Raises:
       runs.RunError: the checkpoint is damaged, or of another shape or version.
     """
     for variant in programs:
-        for group in sweep.groups(config, variant, sweep.any_record(config), alone=trains_alone(dataset)):
+        for group in sweep.groups(config, variant, sweep.any_record(config)):
             if (path / "checkpoints" / group.name).exists():
                 loop.start(path, group, programs[variant], num_steps=config.num_steps)
 
@@ -314,16 +305,10 @@ def summarise(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    if config.dataset == "toy":
-        log_prob = np.concatenate([toy.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
-        report.add_toys_limits(summary["rows"], float(log_prob.mean()))
-        summary["entropy"] = toy.entropy()
-        # Of as many true points, in the place of reconstructions and of samples: what the measures are for a model that
-        # copies, and for a perfect one.
-        key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
-        true = np.asarray(dataset.batch(None, key, jnp.arange(1000)))
-        summary["true_measures"] = toy_measures(true, true, true, dataset.test)
-    return summary
+    limits = dict(domains.of(config.dataset).limits(dataset))
+    if "entropy" in limits:
+        report.add_toys_limits(rows, limits.pop("test_log_prob"))
+    return summary | limits
 
 
 def histograms(dataset: datasets.Dataset) -> dict[str, float]:
@@ -367,24 +352,17 @@ def evaluate(
         if code_elbo is not None and not config.discretise:
             bounds = bound(num_samples=config.num_importance_samples, as_code=True)
             columns["code_importance_bound"] = bounds.mean(axis=-1)
+    domain = domains.of(config.dataset)
     if config.evidence:
+        assert domain.evidence is not None, "checked"
         x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
         evidence, columns["evidence_error"] = loop.evidence(group, programs, states, x)
-        columns["model_gap"] = np.mean(toy.log_prob(jnp.asarray(x))[None] - evidence, axis=-1)
+        columns["model_gap"] = np.mean(domain.evidence(jnp.asarray(x))[None] - evidence, axis=-1)
         columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
-    images = len(dataset.shape) == 3
-    shown = dataset.test[: 100 if images else 1000]
+    shown = dataset.test[: domain.num_pictures]
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
     pictures = jax.device_get(programs.pictures(group.seeds, group.sigmas, states, shown))
-    originals = jnp.asarray(data)
-    if images and measures.laplacian_energy(originals).any():  # images without any detail have no sharpness
-        columns["sharpness"] = [measures.sharpness(jnp.asarray(mean), originals) for mean in pictures.reconstructions]
-        pairs = zip(*map(jnp.asarray, (pictures.samples, pictures.sample_means)), strict=True)
-        columns["sample_noise"] = [measures.sample_noise(samples, means) for samples, means in pairs]
-    if config.dataset == "toy":
-        pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
-        measured = [toy_measures(*pair, shown, dataset.test) for pair in pairs]
-        columns |= {name: [of_member[name] for of_member in measured] for name in measured[0]}
+    columns |= domain.measure(pictures, data, dataset)
     for name, values in columns.items():
         if not np.isfinite(np.asarray(values, np.float64)).all():
             raise runs.RunError(
@@ -404,23 +382,9 @@ def evaluate(
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
         title = f"{VARIANTS[variant].title}, sigma = {sigma:.3g}"
-        drawn = slice(12 if images else None)
+        drawn = slice(domain.num_drawn[0])
         panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))
     return members, panels
-
-
-def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> dict[str, Any]:
-    """Figs. 4, 6 and 7 in numbers, in lengths of the toy: the root mean square distance of reconstructions
-    of x from the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three
-    regions and their sliced Wasserstein distance from the test points."""
-    points = jnp.asarray(reconstructions)
-    gap = points - toy.curve(toy.nearest(points))
-    return {
-        "curve_distance": float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
-        "noise_kept": float(toy.noise_kept(points, jnp.asarray(x))),
-        "band_widths": np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
-        "sliced_wasserstein": measures.sliced_wasserstein(jax.random.key(0), samples, test),
-    }
 
 
 def define_flags() -> None:
@@ -437,7 +401,7 @@ def main() -> None:
     if flags.FLAGS.density:
         if values["discretise"] or values["dequantize"]:
             raise command.UsageError(EXCLUDING)
-        if values["dataset"] == "toy":
+        if not domains.of(values["dataset"]).has_levels:
             raise command.UsageError("--density is for images: leave it out, or give another --dataset")
         values["discretise"] = False
     run(configure(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))

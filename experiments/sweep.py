@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import loop
+from experiments import domains, loop
 from experiments.options import Option, Range, at_least, from_none_to, positive
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, runs, training
@@ -254,7 +254,8 @@ def data_options(config: Config) -> dict[str, Any]:
 
 def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
     """A function of sigma that gives the variant's model in this config, for data of this shape."""
-    network: dict[str, Any] = {"widths": config.widths} if len(shape) == 3 else {"width": config.widths[0]}
+    domain = domains.of(config.dataset)
+    network = domain.network(config.widths)
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
     names = ("gain", "num_components", "discretise")
@@ -265,13 +266,14 @@ def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any
     if config.warm_start:
         begin = round(config.warm_start * config.num_steps)
         head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
-    return functools.partial(make_vae, variant, shape, config.latent_size, **head, **network)
+    return functools.partial(make_vae, variant, domain, shape, config.latent_size, **head, **network)
 
 
 def groups(
-    config: Config, variant: str, record: Record | None, *, alone: bool, trained: vae_lib.Params | None = None
+    config: Config, variant: str, record: Record | None, *, trained: vae_lib.Params | None = None
 ) -> list[loop.Group]:
-    """The sweep members of a variant, all together or each alone; of one that is swept, every sigma with every seed.
+    """The sweep members of a variant, all together or, as the data ask for, each alone; of one that is swept, every
+    sigma with every seed.
 
     `record` is that of the leader's runs, of which the sigmas of followers are made; others need none. `trained` are
     the params of these runs, leaves [num_seeds, ...], with which a variant begins that continues them.
@@ -295,7 +297,7 @@ def groups(
 
         return loop.Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
 
-    if not alone:
+    if not domains.of(config.dataset).alone:
         return [group(variant, slice(None))]
     return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
 
@@ -342,7 +344,7 @@ def restore(path: Path, config: Config, name: str, variant: str, shape: tuple[in
     """
     if not (path / "checkpoints" / name).exists():
         raise runs.RunError(f"{path / 'checkpoints' / name} is missing: give the directory of a whole run")
-    members = groups(config, variant, any_record(config), alone=len(shape) == 3)
+    members = groups(config, variant, any_record(config))
     group = next(group for group in members if group.name == name)
     init = functools.partial(
         training.members_init,

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from experiments.domains import Domain
 from lvae_jax import likelihoods, networks
 from lvae_jax import vae as vae_lib
 from lvae_jax.likelihoods import Likelihood, Schedule
@@ -110,6 +111,7 @@ FOLLOWERS = tuple(name for name, variant in VARIANTS.items() if variant.follow i
 
 def make_vae(
     name: str,
+    domain: Domain,
     shape: tuple[int, ...],
     latent_size: int,
     sigma: Any,
@@ -122,14 +124,14 @@ def make_vae(
     discretise: bool = False,
     **network: Any,
 ) -> vae_lib.VAE:
-    """The paper's networks for data of this shape, under the observation model of the variant `name`.
+    """The paper's networks for data of this kind and shape, under the observation model of the variant `name`.
 
     `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
     `num_components` are those of `likelihoods.learned_vector` and `mixture`. `levels` is the number of grey levels of
     images, on which no learned sigma goes below the noise of quantisation; None for points. `network` are options of
     both networks.
     """
-    variant, images = VARIANTS[name], len(shape) == 3
+    variant = VARIANTS[name]
     options: dict[str, Any] = {
         "shape": shape,
         "gain": gain,
@@ -137,13 +139,12 @@ def make_vae(
         "ramp": ramp,
         "num_components": num_components,
     }
-    if images and levels is not None:
+    if domain.has_levels and levels is not None:
         options["floor"] = likelihoods.quantisation_noise(levels)
     likelihood = variant.head(sigma=sigma, **{option: options[option] for option in variant.takes if option in options})
     if discretise and levels is not None:
         likelihood = likelihoods.discretised(likelihood, levels=levels)
-    make: Callable[..., vae_lib.VAE] = vae_lib.conv_vae if images else vae_lib.mlp_vae
-    make = functools.partial(make, latent_size=latent_size, **network)
+    make = functools.partial(domain.make_vae, latent_size=latent_size, **network)
     vae = make(shape, likelihood)
     if not variant.after_leader:
         return vae

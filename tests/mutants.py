@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "images_without_floor",
         VARIANTS,
-        "if images and levels is not None:",
-        "if not images and levels is not None:",
+        "if domain.has_levels and levels is not None:",
+        "if not domain.has_levels and levels is not None:",
         IMAGE_RUN,
     ),
     Mutant("sigma_in_another_unit", SPHERE, "np.array(config.sigma) * critical", "np.array(config.sigma)", SPHERE_RUN),

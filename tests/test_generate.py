@@ -75,7 +75,7 @@ def restored(run_dir, member):
     programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
     file = run_dir / "ls_sigma.npy"
     record = np.load(file) if file.exists() else None
-    groups = sweep.groups(config, member["variant"], record, alone=len(dataset.shape) == 3)
+    groups = sweep.groups(config, member["variant"], record)
     group = next(group for group in groups if group.name == member["group"])
     states, _ = loop.start(run_dir, group, programs, num_steps=config.num_steps)
     return jax.tree.map(lambda leaf: leaf[member["member"]], states.weights), model(
@@ -156,7 +156,7 @@ def test_weights_are_those_that_the_summary_scored(toy):
     dataset, (config, _) = datasets.load("toy"), sweep.read_run(toy)
     for variant in ("f", "lv"):
         weights = sweep.restore(toy, config, variant, variant, (2,))
-        (group,) = sweep.groups(config, variant, None, alone=False)
+        (group,) = sweep.groups(config, variant, None)
         model = sweep.model(config, variant, (2,))
         programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
         scores, *_ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)

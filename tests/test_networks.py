@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import sigma_sweep, variants
+from experiments import domains, sigma_sweep, variants
 from lvae_jax import networks
 
 # The convolutions' images have sides that halve evenly, 12, and that do not, 9.
@@ -140,7 +140,9 @@ def test_celeba_s_sizes():
 
     config = sigma_sweep.configure(dataset="celeb_a")
     assert config.latent_size == 2048
-    vae = variants.make_vae("lv", (64, 64, 3), 2048, 1.0, widths=config.widths, num_blocks=config.num_blocks)
+    vae = variants.make_vae(
+        "lv", domains.IMAGES, (64, 64, 3), 2048, 1.0, widths=config.widths, num_blocks=config.num_blocks
+    )
     encoder, decoder = convolutions(vae.encoder), convolutions(vae.decoder)
     assert len(encoder) == len(decoder) == 4 + 2 * 5
     assert (4, 4, 64, 2 * 3) in decoder, "a mean and a log stddev for each of three colours"

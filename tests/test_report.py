@@ -311,7 +311,8 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
     metrics(tmp_path, summary["members"])
     shape = summary["shape"]
     panels = [figures.Panel("LS-VAE", *(RNG.uniform(size=(6, *shape)) for _ in range(5)))]
-    report.draw(tmp_path, summary, panels)
+    draw_panels = figures.image_panels if len(shape) == 3 else figures.plane_panels
+    report.draw(tmp_path, summary, panels, draw_panels=draw_panels)
     for name in ("samples", "losses", "sigma", "elbo"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5_000
 

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 from conftest import call, run_command
 
-from experiments import command, hosts, loop, sigma_sweep, sweep
+from experiments import command, domains, hosts, loop, sigma_sweep, sweep
 from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
@@ -101,7 +101,7 @@ def test_kl_warmup(toy_run):
 def test_toy_measures(toy_run):
     test = jnp.asarray(datasets.load("toy").test)
     x, bare = test[:1000], toy.curve(toy.nearest(test[:1000]))
-    copied, denoised = (sigma_sweep.toy_measures(*map(np.asarray, (r, test, x, test))) for r in (x, bare))
+    copied, denoised = (domains.toy_measures(*map(np.asarray, (r, test, x, test))) for r in (x, bare))
     assert copied["noise_kept"] == pytest.approx(1.0, abs=1e-6)
     assert denoised["noise_kept"] == pytest.approx(0.0, abs=1e-3)
     noise = np.sqrt(np.mean(np.sum((np.asarray(x) - np.asarray(bare)) ** 2, axis=-1)))

@@ -1,0 +1,123 @@
+"""The kinds of data that a sweep knows, one record for each: all that depends on the kind and not on the model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.loop import Pictures
+from lvae_jax import datasets, figures, measures, toy
+from lvae_jax import vae as vae_lib
+
+Measures = dict[str, list[Any]]
+"""Values by name, one for each of M members."""
+
+
+class Domain(NamedTuple):
+    """A kind of data.
+
+    Attributes:
+      make_vae: (shape, likelihood, latent_size and options of the networks) -> the paper's VAE for such data.
+      network: --widths -> the options of the networks that give them their sizes.
+      one_width: --widths has one value.
+      has_levels: its values are grey levels, which have probabilities.
+      alone: members are trained one by one, and devices share their batches. A vmapped convolution with a kernel for
+        each member is a grouped one, which is slow.
+      num_pictures: test examples that are reconstructed, and samples that are drawn, for the measures.
+      num_drawn: of these, how many a figure of the sweep shows, and how many one of a single model; None for all.
+      draw: the figure of panels.
+      measure: (pictures [M, ...], their originals, dataset) -> measures of the pictures.
+      limits: (dataset) -> what is known of the data exactly, for summary.json.
+      evidence: log p(x) of the true density, in nats, if it is known.
+    """
+
+    make_vae: Callable[..., vae_lib.VAE]
+    network: Callable[[Sequence[int]], dict[str, Any]]
+    one_width: bool
+    has_levels: bool
+    alone: bool
+    num_pictures: int
+    num_drawn: tuple[int | None, int | None]
+    draw: Callable[..., figures.Figure]
+    measure: Callable[[Pictures, np.ndarray, datasets.Dataset], Measures]
+    limits: Callable[[datasets.Dataset], Mapping[str, Any]]
+    evidence: Callable[[Any], Any] | None = None
+
+
+def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
+    """The sharpness of reconstructions and the noise of samples; none for images without any detail."""
+    data = jnp.asarray(originals)
+    if not measures.laplacian_energy(data).any():
+        return {}
+    pairs = zip(*map(jnp.asarray, (pictures.samples, pictures.sample_means)), strict=True)
+    return {
+        "sharpness": [measures.sharpness(jnp.asarray(mean), data) for mean in pictures.reconstructions],
+        "sample_noise": [measures.sample_noise(samples, means) for samples, means in pairs],
+    }
+
+
+def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """Figs. 4, 6 and 7 in numbers, in lengths of the toy: the root mean square distance of reconstructions of x from
+    the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three regions and
+    their sliced Wasserstein distance from the test points."""
+    points = jnp.asarray(reconstructions)
+    gap = points - toy.curve(toy.nearest(points))
+    return {
+        "curve_distance": float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
+        "noise_kept": float(toy.noise_kept(points, jnp.asarray(x))),
+        "band_widths": np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
+        "sliced_wasserstein": measures.sliced_wasserstein(jax.random.key(0), samples, test),
+    }
+
+
+def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
+    pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
+    measured = [toy_measures(*pair, originals, dataset.test) for pair in pairs]
+    return {name: [of_member[name] for of_member in measured] for name in measured[0]}
+
+
+def toy_limits(dataset: datasets.Dataset) -> dict[str, Any]:
+    """The entropy, the mean log p(x) of the test points, and the measures of as many true points, in the place of
+    reconstructions and of samples: those of a model that copies, and of a perfect one."""
+    log_prob = np.concatenate([toy.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
+    key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
+    true = np.asarray(dataset.batch(None, key, jnp.arange(TOY.num_pictures)))
+    return {
+        "entropy": toy.entropy(),
+        "test_log_prob": float(log_prob.mean()),
+        "true_measures": toy_measures(true, true, true, dataset.test),
+    }
+
+
+TOY = Domain(
+    make_vae=vae_lib.mlp_vae,
+    network=lambda widths: {"width": widths[0]},
+    one_width=True,
+    has_levels=False,
+    alone=False,
+    num_pictures=1000,
+    num_drawn=(None, None),
+    draw=figures.plane_panels,
+    measure=_measure_toy,
+    limits=toy_limits,
+    evidence=toy.log_prob,
+)
+IMAGES = Domain(
+    make_vae=vae_lib.conv_vae,
+    network=lambda widths: {"widths": widths},
+    one_width=False,
+    has_levels=True,
+    alone=True,
+    num_pictures=100,
+    num_drawn=(12, 64),
+    draw=figures.image_panels,
+    measure=image_measures,
+    limits=lambda dataset: {},
+)
+
+
+def of(name: str) -> Domain:
+    """The kind of the data set called `name`."""
+    return TOY if name == "toy" else IMAGES
