@@ -22,8 +22,10 @@ import tqdm
 
 from experiments import command, hosts, options, sweep
 from experiments.options import Option, Range
+from experiments.report import POINTS
 from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
+from lvae_jax.evaluation import Kind
 
 CHUNK = 1000
 STREAM_SIZE = 100_000
@@ -94,7 +96,7 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
     for name in ("dataset", "image_size", "levels", "fake_data", "celeba_files"):
         if theirs.get(name) != getattr(config, name):
             raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
-    if summary["kind"] not in ("points", "density"):
+    if summary["kind"] not in (POINTS, Kind.DENSITY):
         raise command.UsageError(
             f"--compare={path}: its ELBOs are not of the data's density, run its command without --discretise and "
             "--dequantize"

@@ -17,6 +17,7 @@ import PIL.Image
 from experiments import claims
 from experiments.claims import Claim, Ordering, Part
 from experiments.variants import VARIANTS
+from lvae_jax.evaluation import Kind
 
 TOY_FIGURES = {
     "samples": "Figs. 4, 6 and 7: reconstructions over data, and generated points with their means, one seed.",
@@ -329,7 +330,7 @@ def images_table(part: Part) -> str:
         "sharpness: Laplacian energy of reconstructions divided by that of the originals; sample noise: root mean "
         "square distance of generated samples from their means, pixels on [0, 1]."
     )
-    if summary["kind"] == "density":
+    if summary["kind"] == Kind.DENSITY:
         note = (
             f"Densities at the pixel values k/{part.highest_level}, not likelihoods of images: as likelihoods, no "
             f"model's ELBO can exceed {summary['rows'][0]['bound']:.1f} nats. "

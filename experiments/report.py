@@ -12,7 +12,9 @@ import numpy as np
 
 from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs, toy
+from lvae_jax.evaluation import Kind
 
+POINTS = "points"  # what a summary has as its kind for data without grey levels
 # One colour for a variant in all figures.
 COLOURS = dict(zip((variant.title for variant in VARIANTS.values()), figures.MODEL_COLOURS, strict=False))
 
@@ -27,11 +29,9 @@ def by_row(members: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
     return rows
 
 
-def row(
-    members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Any, levels: int | None = None
-) -> dict[str, Any]:
+def row(members: Sequence[dict[str, Any]], shape: Sequence[int], *, kind: Kind, levels: int | None) -> dict[str, Any]:
     """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one). `kind`
-    and `levels` are those of `evaluation.rate`, or "points" and None."""
+    and `levels` are those of `evaluation.rate`; levels is None for points, which have no rate."""
     elbos = [member["elbo"] for member in members]
     numbers = [name for name, value in members[0].items() if isinstance(value, int | float) and name != "seed"]
     mean = {name: float(np.mean([member[name] for member in members])) for name in numbers if name != "member"}
@@ -42,17 +42,18 @@ def row(
         "elbo_sd": float(np.std(elbos, ddof=1)) if len(members) > 1 else 0.0,
     }
     result["diagnosis"] = _diagnosis([member["diagnosis"] for member in members])
-    if kind != "discretised":
+    if kind != Kind.DISCRETISED:
         result["elbo_paper"] = evaluation.paper_elbo(mean["elbo"], shape)
-    if kind in ("density", "dequantised", "discretised"):
-        result |= evaluation.rate(mean["elbo"], shape, kind=kind, levels=levels or 256)._asdict()
-        if "importance_bound" in mean:
-            rate = evaluation.rate(mean["importance_bound"], shape, kind=kind, levels=levels or 256)
-            result["importance_bits_per_dimension"] = rate.bits_per_dimension
+    if levels is None:
+        return result
+    result |= evaluation.rate(mean["elbo"], shape, kind=kind, levels=levels)._asdict()
+    if "importance_bound" in mean:
+        rate = evaluation.rate(mean["importance_bound"], shape, kind=kind, levels=levels)
+        result["importance_bits_per_dimension"] = rate.bits_per_dimension
     # The bits of probabilities replace those of a density, which are no code length.
     for name, bits in (("code_elbo", "bits_per_dimension"), ("code_importance_bound", "importance_bits_per_dimension")):
         if name in mean:
-            rate = evaluation.rate(mean[name], shape, kind="discretised", levels=levels or 256)
+            rate = evaluation.rate(mean[name], shape, kind=Kind.DISCRETISED, levels=levels)
             result |= {bits: rate.bits_per_dimension, "is_code": True}
     return result
 
@@ -164,7 +165,7 @@ def _notes(summary: Mapping[str, Any], titles: Sequence[str]) -> list[str]:
             "noise: root mean square distance between generated samples and their means. Both use "
             f"{min(100, summary['num_test_examples'])} images."
         )
-    if summary["kind"] == "density":
+    if summary["kind"] == Kind.DENSITY:
         notes.append(
             f"These ELBOs are of densities at the pixel values k/{levels - 1}, not likelihoods of images: as a "
             f"likelihood, no ELBO can exceed n ln {levels} = {first['bound']:.1f} nats."
@@ -238,7 +239,7 @@ def _elbo_against_sigma(summary: Mapping[str, Any]) -> Any:
             ]
         )
         for title, column in columns.items()
-        if title not in maps and summary["kind"] != "discretised"
+        if title not in maps and summary["kind"] != Kind.DISCRETISED
     }
     limited = sorted({(row["sigma"], row["best_elbo"][1]) for row in summary["rows"] if "best_elbo" in row})
     return figures.elbo_against_sigma(

@@ -22,6 +22,7 @@ import tqdm
 from absl import flags
 
 from experiments import command, domains, hosts, loop, options, report, sweep
+from experiments.report import POINTS
 from experiments.sweep import (
     Config,
     configure,
@@ -38,6 +39,7 @@ from lvae_jax import (
     training,
 )
 from lvae_jax import vae as vae_lib
+from lvae_jax.evaluation import Kind
 
 NUM_EVIDENCE_EXAMPLES = 1000
 EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
@@ -169,7 +171,7 @@ def train_all(
     if record is not None:
         keep_record(path, record)
     check_checkpoints(config, path, programs)
-    kind = kind_of(config, dataset)
+    kind = kind_of(config)
     members: list[dict[str, Any]] = []
     panels: list[figures.Panel] = []
     rows: list[dict[str, Any]] = []
@@ -201,11 +203,9 @@ def train_all(
     return summary
 
 
-def kind_of(config: Config, dataset: datasets.Dataset) -> str:
-    """The kind of the ELBOs, as `report.row` takes it."""
-    if dataset.levels is None:
-        return "points"
-    return "dequantised" if config.dequantize else "discretised" if config.discretise else "density"
+def kind_of(config: Config) -> Kind:
+    """What the ELBOs bound."""
+    return Kind.DEQUANTISED if config.dequantize else Kind.DISCRETISED if config.discretise else Kind.DENSITY
 
 
 def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str]) -> dict[str, loop.Programs]:
@@ -294,7 +294,7 @@ def summarise(
         "dataset": config.dataset,
         "shape": list(dataset.shape),
         "levels": dataset.levels,
-        "kind": kind_of(config, dataset),
+        "kind": POINTS if dataset.levels is None else kind_of(config),
         "num_dimensions": math.prod(dataset.shape),
         "latent_size": config.latent_size,
         "num_test_examples": len(dataset.test),
@@ -316,7 +316,7 @@ def histograms(dataset: datasets.Dataset) -> dict[str, float]:
     assert dataset.levels is not None, "checked by the caller"
     found = evaluation.histograms(dataset.train, dataset.test, levels=dataset.levels)
     return {
-        title: evaluation.rate(nats, dataset.shape, kind="discretised").bits_per_dimension
+        title: evaluation.rate(nats, dataset.shape, kind=Kind.DISCRETISED).bits_per_dimension
         for title, nats in found.items()
     }
 

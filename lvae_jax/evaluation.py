@@ -4,9 +4,10 @@ What is computed on the device is per example, so that `over_split` can run it o
 every example once; what sums up the split runs on the host, in float64, and keeps leading axes of sweep members.
 """
 
+import enum
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -120,6 +121,14 @@ def elbo_at(
     return np.asarray(-num_dimensions * (error + log_stddev + gaussians.HALF_LOG_TWO_PI) - kl)
 
 
+class Kind(enum.StrEnum):
+    """What the ELBOs of data with grey levels bound: see `rate`."""
+
+    DENSITY = "density"
+    DEQUANTISED = "dequantised"
+    DISCRETISED = "discretised"
+
+
 class Rate(NamedTuple):
     """An ELBO of data with grey levels, per dimension.
 
@@ -137,9 +146,7 @@ class Rate(NamedTuple):
     is_code: bool
 
 
-def rate(
-    elbo: float, shape: Sequence[int], *, kind: Literal["density", "dequantised", "discretised"], levels: int = 256
-) -> Rate:
+def rate(elbo: float, shape: Sequence[int], *, kind: Kind, levels: int = 256) -> Rate:
     """The rate of an ELBO in nats of examples of `shape` with n dimensions, each a grey level k = 0, ..., L - 1; L is
     `levels`.
 
@@ -154,9 +161,9 @@ def rate(
     the bin of k. A density at the points k / (L - 1) alone bounds nothing: narrow peaks there make it as large as one
     likes.
 
-    >>> round(rate(-800.0, (28, 28, 1), kind="discretised").bits_per_dimension, 3)
+    >>> round(rate(-800.0, (28, 28, 1), kind=Kind.DISCRETISED).bits_per_dimension, 3)
     1.472
-    >>> density = rate(1000.0, (28, 28, 1), kind="density")
+    >>> density = rate(1000.0, (28, 28, 1), kind=Kind.DENSITY)
     >>> round(density.bound, 1), density.is_code
     (4347.4, False)
 
@@ -164,11 +171,11 @@ def rate(
       ValueError: an ELBO of probabilities is above 0, `kind` is unknown, or `levels` is below 2.
     """
     n = math.prod(shape)
-    if kind not in ("density", "dequantised", "discretised"):
-        raise ValueError(f"kind must be density, dequantised or discretised, got {kind!r}")
+    if kind not in list(Kind):
+        raise ValueError(f"kind must be {', '.join(Kind)}, got {kind!r}")
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels}")
-    if kind == "discretised" and elbo > 0.0:
+    if kind == Kind.DISCRETISED and elbo > 0.0:
         raise ValueError(f"an ELBO of probabilities cannot be positive, got {elbo}: is it of a density?")
-    bound = 0.0 if kind == "discretised" else n * math.log(levels)
-    return Rate(elbo / n, (bound - elbo) / (n * math.log(2.0)), bound, is_code=kind != "density")
+    bound = 0.0 if kind == Kind.DISCRETISED else n * math.log(levels)
+    return Rate(elbo / n, (bound - elbo) / (n * math.log(2.0)), bound, is_code=kind != Kind.DENSITY)

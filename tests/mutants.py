@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant("sphere_in_one_dimension", SPHERE, "at_least(2)", "at_least(1)", SPHERE_NONSENSE),
     Mutant("a_sigma_twice", "experiments/options.py", "or len(set(value)) < len(value))", ")"),
     Mutant("critical_sigma_of_zero", CRITICAL, "1e-6 <= value", "0.0 <= value", CRITICAL_NONSENSE),
-    Mutant("beside_probabilities", CRITICAL, '("points", "density")', '("points", "density", "discretised")', BESIDE),
+    Mutant("beside_probabilities", CRITICAL, "(POINTS, Kind.DENSITY)", "(POINTS, *Kind)", BESIDE),
     Mutant("no_samples", GENERATE, "if num_samples < 1:", "if num_samples < 0:", NOT_THERE),
     Mutant("no_classifier_steps", QUALITY, "if classifier_steps < 1:", "if classifier_steps < 0:", BAD_FLAGS),
     # The experiments, from end to end

@@ -10,11 +10,13 @@ import pytest
 from experiments import report
 from experiments.variants import VARIANTS, Sigma
 from lvae_jax import diagnostics, figures, runs, toy
+from lvae_jax.evaluation import Kind
 
 RNG = np.random.default_rng(0)
 best_elbo = functools.cache(toy.best_elbo)  # takes a second
 LATENT_SIZE, STEPS = 2, (5, 10, 15)
 SHAPES = {"points": (2,), "density": (4, 4, 1), "dequantised": (4, 4, 1), "discretised": (4, 4, 1)}
+POINTS = {"kind": Kind.DENSITY, "levels": None}
 
 
 def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
@@ -41,12 +43,16 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
     return made
 
 
+def as_row(kind):
+    return POINTS if kind == "points" else {"kind": Kind(kind), "levels": 256}
+
+
 def summarise(parts, *, kind="points", **others):
     """What summary.json holds of these members."""
     shape = SHAPES[kind]
     everyone = list(itertools.chain(*parts))
     summary = {
-        "rows": [report.row(part, shape, kind=kind) for part in report.by_row(everyone).values()],
+        "rows": [report.row(part, shape, **as_row(kind)) for part in report.by_row(everyone).values()],
         "members": everyone,
         "shape": list(shape),
         "kind": kind,
@@ -75,7 +81,7 @@ def toys(parts):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_row_is_numpy_s_mean_of_members(kind):
     part = members("ls", importance_bound=-1.0)
-    row = report.row(part, SHAPES[kind], kind=kind)
+    row = report.row(part, SHAPES[kind], **as_row(kind))
     for name in ("elbo", "log_likelihood", "kl", "mse", "sigma", "sigma_max", "best_sigma", "active_units"):
         assert row[name] == pytest.approx(np.mean([member[name] for member in part]))
     assert row["elbo_sd"] == pytest.approx(np.std([member["elbo"] for member in part], ddof=1))
@@ -98,20 +104,20 @@ def test_row_is_numpy_s_mean_of_members(kind):
 
 
 def test_row_of_one_seed():
-    assert report.row(members("lv", num_seeds=1), (2,), kind="points")["elbo_sd"] == 0.0
+    assert report.row(members("lv", num_seeds=1), (2,), **POINTS)["elbo_sd"] == 0.0
 
 
 def test_diagnosis_counts_seeds():
     part = members("ls")
-    assert report.row(part, (2,), kind="points")["diagnosis"] == "calibrated"
+    assert report.row(part, (2,), **POINTS)["diagnosis"] == "calibrated"
     part[1]["diagnosis"] = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
     part[2]["diagnosis"] = "sigma at its floor in 12% of the dimensions"
-    assert report.row(part, (2,), kind="points")["diagnosis"] == (
+    assert report.row(part, (2,), **POINTS)["diagnosis"] == (
         "calibrated (in 1 of 3 seeds); posterior collapse: none of 2 (in 1 of 3 seeds); "
         "sigma at its floor in 9% of the dimensions (in 2 of 3 seeds)"
     )
     part[0]["diagnosis"] = "sigma at its floor in 7% of the dimensions"
-    assert report.row(part[::2], (2,), kind="points")["diagnosis"] == part[0]["diagnosis"]
+    assert report.row(part[::2], (2,), **POINTS)["diagnosis"] == part[0]["diagnosis"]
 
 
 def test_rows_pool_seeds():
