@@ -278,12 +278,12 @@ def test_loading_in_turn(monkeypatch):
     with pytest.raises(ValueError, match="no disk"):
         hosts.in_turn(broken)
     # Another process hears from process 0 whether there are data, before it looks for them itself.
-    monkeypatch.setattr(loop.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: 1)
     told = []
-    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: told.append(failed) or np.True_)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda failed: told.append(failed) or np.True_)
     with pytest.raises(runs.RunError, match="process 0 could not load the data"):
         hosts.in_turn(lambda: pytest.fail("loaded"))
-    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", lambda failed: np.False_)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda failed: np.False_)
     assert hosts.in_turn(lambda: "later") == "later"
 
 

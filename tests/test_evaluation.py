@@ -10,6 +10,7 @@ from scipy import optimize, stats
 
 from lvae_jax import diagnostics, evaluation, likelihoods, networks, toy
 from lvae_jax import vae as vae_lib
+from lvae_jax.evaluation import Kind
 from lvae_jax.networks import Decoder, Encoder
 
 SIZE = 23
@@ -162,12 +163,12 @@ def test_importance_score_lies_between_elbo_and_evidence(num_samples):
 
 
 def test_rate_of_mnist_knows_the_bound_of_its_codes():
-    rate = evaluation.rate(5000.0, (28, 28, 1), kind="density")
+    rate = evaluation.rate(5000.0, (28, 28, 1), kind=Kind.DENSITY)
     assert rate.bound == pytest.approx(4347.4, abs=0.05)
     assert rate.bits_per_dimension < 0.0, "more nats than any code could have"
     assert not rate.is_code
     assert rate.nats_per_dimension == pytest.approx(5000.0 / 784)
-    at_bound = evaluation.rate(rate.bound, (28, 28, 1), kind="dequantised")
+    at_bound = evaluation.rate(rate.bound, (28, 28, 1), kind=Kind.DEQUANTISED)
     assert at_bound.bits_per_dimension == pytest.approx(0.0, abs=1e-12)
     assert at_bound.is_code
 
@@ -217,12 +218,12 @@ def test_histograms_are_numpy_s():
 @pytest.mark.parametrize("shape", [(1,), (4, 4, 3)])
 def test_uniform_noise_costs_8_bits_in_every_convention(shape):
     n = np.prod(shape)
-    discretised = evaluation.rate(-n * np.log(256.0), shape, kind="discretised")
+    discretised = evaluation.rate(-n * np.log(256.0), shape, kind=Kind.DISCRETISED)
     assert discretised.bits_per_dimension == pytest.approx(8.0)
     assert discretised.nats_per_dimension == pytest.approx(-np.log(256.0))
     assert discretised.bound == 0.0
     assert discretised.is_code
-    for kind in ("density", "dequantised"):  # of the uniform density on [0, 1], 1
+    for kind in (Kind.DENSITY, Kind.DEQUANTISED):  # of the uniform density on [0, 1], 1
         assert evaluation.rate(0.0, shape, kind=kind).bits_per_dimension == pytest.approx(8.0)
 
 
@@ -231,11 +232,11 @@ def test_uniform_noise_costs_8_bits_in_every_convention(shape):
 def test_a_dequantised_rate_bounds_the_rate_of_the_mass_of_the_bin(sigma, k):
     p = stats.norm(100.5 / 256.0, sigma)
     u = (np.arange(2000) + 0.5) / 2000
-    dequantised = evaluation.rate(p.logpdf((k + u) / 256.0).mean(), (1,), kind="dequantised")
+    dequantised = evaluation.rate(p.logpdf((k + u) / 256.0).mean(), (1,), kind=Kind.DEQUANTISED)
     low, high = k / 256.0, (k + 1) / 256.0
     # Mass and logarithm on the side of the mean where nothing cancels.
     mass = p.cdf(high) - p.cdf(low) if k <= 100 else p.sf(low) - p.sf(high)
-    exact = evaluation.rate(np.log(mass), (1,), kind="discretised")
+    exact = evaluation.rate(np.log(mass), (1,), kind=Kind.DISCRETISED)
     assert exact.bits_per_dimension <= dequantised.bits_per_dimension + 1e-9
     if sigma >= 0.1:
         assert dequantised.bits_per_dimension == pytest.approx(exact.bits_per_dimension, abs=0.02)
@@ -243,6 +244,6 @@ def test_a_dequantised_rate_bounds_the_rate_of_the_mass_of_the_bin(sigma, k):
 
 def test_rate_refuses_a_positive_log_probability_and_an_unknown_kind():
     with pytest.raises(ValueError, match="density"):
-        evaluation.rate(0.1, (2,), kind="discretised")
+        evaluation.rate(0.1, (2,), kind=Kind.DISCRETISED)
     with pytest.raises(Exception, match="kind"):
         evaluation.rate(0.1, (2,), kind="bits")

@@ -10,6 +10,7 @@ import scipy.stats
 
 from experiments import domains, variants
 from lvae_jax import datasets, evaluation, likelihoods
+from lvae_jax.evaluation import Kind
 
 LEVELS = (17, 256)
 
@@ -115,17 +116,17 @@ def test_dequantised_elbo_bounds_the_probability(levels):
     k = np.arange(levels)[:, None]
     bound = scipy.stats.norm.logpdf((k + u) / levels, 0.4, 0.5).mean(axis=1)
     mass = np.log(np.diff(scipy.stats.norm.cdf(np.arange(levels + 1) / levels, 0.4, 0.5)))
-    rates = [evaluation.rate(value, (1,), kind="dequantised", levels=levels) for value in bound]
+    rates = [evaluation.rate(value, (1,), kind=Kind.DEQUANTISED, levels=levels) for value in bound]
     lengths = np.array([rate.bits_per_dimension for rate in rates]) * math.log(2.0)
     assert (lengths >= -mass).all()
     np.testing.assert_allclose(lengths, -mass, rtol=1e-3)
 
 
 def test_uniform_noise_has_all_bits(levels):
-    for kind, elbo in (("density", 0.0), ("dequantised", 0.0), ("discretised", -6.0 * math.log(levels))):
+    for kind, elbo in ((Kind.DENSITY, 0.0), (Kind.DEQUANTISED, 0.0), (Kind.DISCRETISED, -6.0 * math.log(levels))):
         rate = evaluation.rate(elbo, (2, 3, 1), kind=kind, levels=levels)
         assert rate.bits_per_dimension == pytest.approx(math.log2(levels))
-        assert rate.bound == (0.0 if kind == "discretised" else pytest.approx(6.0 * math.log(levels)))
+        assert rate.bound == (0.0 if kind == Kind.DISCRETISED else pytest.approx(6.0 * math.log(levels)))
 
 
 def test_quantisation_noise_is_that_of_rounding(levels):
@@ -164,7 +165,7 @@ def test_refused_levels(name, levels, message):
     [
         lambda: likelihoods.discretised(likelihoods.fixed(), levels=1),
         lambda: likelihoods.quantisation_noise(1),
-        lambda: evaluation.rate(0.0, (1,), kind="density", levels=1),
+        lambda: evaluation.rate(0.0, (1,), kind=Kind.DENSITY, levels=1),
     ],
 )
 def test_one_level_is_refused(call):
