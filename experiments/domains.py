@@ -1,6 +1,6 @@
 """The kinds of data that a sweep knows, one record for each: all that depends on the kind and not on the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,12 @@ class Domain(NamedTuple):
       alone: members are trained one by one, and devices share their batches. A vmapped convolution with a kernel for
         each member is a grouped one, which is slow.
       num_pictures: test examples that are reconstructed, and samples that are drawn, for the measures.
-      num_drawn: of these, how many a figure of the sweep shows, and how many one of a single model; None for all.
+      num_in_panels, num_in_gallery: the number of them in a figure of the sweep, and in one of a single model; None for
+        all.
       draw: the figure of panels.
       measure: (pictures [M, ...], their originals, dataset) -> measures of the pictures.
-      limits: (dataset) -> what is known of the data exactly, for summary.json.
-      evidence: log p(x) of the true density, in nats, if it is known.
+      limits: (dataset) -> the exact limits of the data, for summary.json.
+      log_prob: x [B, *S] -> log p(x) of the true density in nats, [B]; None if it is not known.
     """
 
     make_vae: Callable[..., vae_lib.VAE]
@@ -39,11 +40,12 @@ class Domain(NamedTuple):
     has_levels: bool
     alone: bool
     num_pictures: int
-    num_drawn: tuple[int | None, int | None]
+    num_in_panels: int | None
+    num_in_gallery: int | None
     draw: Callable[..., figures.Figure]
     measure: Callable[[Pictures, np.ndarray, datasets.Dataset], Measures]
-    limits: Callable[[datasets.Dataset], Mapping[str, Any]]
-    evidence: Callable[[Any], Any] | None = None
+    limits: Callable[[datasets.Dataset], dict[str, Any]]
+    log_prob: Callable[[Any], Any] | None = None
 
 
 def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
@@ -79,14 +81,12 @@ def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Da
 
 
 def toy_limits(dataset: datasets.Dataset) -> dict[str, Any]:
-    """The entropy, the mean log p(x) of the test points, and the measures of as many true points, in the place of
-    reconstructions and of samples: those of a model that copies, and of a perfect one."""
-    log_prob = np.concatenate([toy.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
+    """The entropy, and the measures of as many true points in the place of reconstructions and of samples: those of a
+    model that copies, and of a perfect one."""
     key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
     true = np.asarray(dataset.batch(None, key, jnp.arange(TOY.num_pictures)))
     return {
         "entropy": toy.entropy(),
-        "test_log_prob": float(log_prob.mean()),
         "true_measures": toy_measures(true, true, true, dataset.test),
     }
 
@@ -98,11 +98,12 @@ TOY = Domain(
     has_levels=False,
     alone=False,
     num_pictures=1000,
-    num_drawn=(None, None),
+    num_in_panels=None,
+    num_in_gallery=None,
     draw=figures.plane_panels,
     measure=_measure_toy,
     limits=toy_limits,
-    evidence=toy.log_prob,
+    log_prob=toy.log_prob,
 )
 IMAGES = Domain(
     make_vae=vae_lib.conv_vae,
@@ -111,7 +112,8 @@ IMAGES = Domain(
     has_levels=True,
     alone=True,
     num_pictures=100,
-    num_drawn=(12, 64),
+    num_in_panels=12,
+    num_in_gallery=64,
     draw=figures.image_panels,
     measure=image_measures,
     limits=lambda dataset: {},

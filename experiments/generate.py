@@ -1,4 +1,4 @@
-"""What the models of a finished `experiments.sigma_sweep` generate and reconstruct, without its data set.
+"""Samples and reconstructions of the models of a finished `experiments.sigma_sweep`, without its data set.
 
   python -m experiments.generate --run_dir=RUN
 
@@ -81,7 +81,7 @@ def run(
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
-    _, shown = domains.of(config.dataset).num_drawn
+    shown = domains.of(config.dataset).num_in_gallery
     vaes = {variant: sweep.trained_vae(config, variant, shape) for variant in groups.values()}
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
@@ -228,7 +228,7 @@ def pictures(
     arrays = {"samples": samples, "means": means, "stddevs": stddevs}
     t = jnp.linspace(0.0, 1.0, NUM_POINTS)[None, :, None]
     if x is None or len(x) < 2:
-        ends = vae.prior.sample(ends_key, params.get("prior", {}), (2 * NUM_PATHS, vae.latent_size))
+        ends = vae_lib.sample_prior(ends_key, vae, params, num_samples=2 * NUM_PATHS)
         first, last = ends.reshape(2, NUM_PATHS, 1, vae.latent_size)
         # Under N(0, I) each point is a draw from the prior; those on a straight line would be too close to the origin.
         z = jnp.cos(0.5 * jnp.pi * t) * first + jnp.sin(0.5 * jnp.pi * t) * last

@@ -110,7 +110,7 @@ def check(config: Config, **places: Any) -> None:
         raise command.UsageError("--discretise is for images: leave it out, or give another --dataset")
     if config.discretise and config.dequantize:
         raise command.UsageError(EXCLUDING)
-    if config.evidence and (domain.evidence is None or config.latent_size > 2):
+    if config.evidence and (domain.log_prob is None or config.latent_size > 2):
         raise command.UsageError(
             "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
         )
@@ -204,7 +204,7 @@ def train_all(
 
 
 def kind_of(config: Config) -> Kind:
-    """What the ELBOs bound."""
+    """The quantity that the ELBOs bound."""
     return Kind.DEQUANTISED if config.dequantize else Kind.DISCRETISED if config.discretise else Kind.DENSITY
 
 
@@ -239,8 +239,7 @@ def check_checkpoints(config: Config, path: Path, programs: Mapping[str, loop.Pr
 
 class Trained(NamedTuple):
     """The results of a variant. members, panels: see `evaluate`, the panels of the first seed; record: sigma(t) of all
-    members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with
-    them, else None."""
+    members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with them, else None."""
 
     members: list[dict[str, Any]]
     panels: list[figures.Panel]
@@ -287,7 +286,7 @@ def train_variant(
 def summarise(
     config: Config, dataset: datasets.Dataset, rows: list[dict[str, Any]], members: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What summary.json holds; the rows of the toy get its limits."""
+    """The content of summary.json. Rows get the limits of the data, if these are known."""
     summary: dict[str, Any] = {
         "rows": rows,
         "members": members,
@@ -305,10 +304,11 @@ def summarise(
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    limits = dict(domains.of(config.dataset).limits(dataset))
-    if "entropy" in limits:
-        report.add_toys_limits(rows, limits.pop("test_log_prob"))
-    return summary | limits
+    domain = domains.of(config.dataset)
+    if domain.log_prob is not None:
+        log_prob = np.concatenate([domain.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
+        report.add_toys_limits(rows, float(log_prob.mean()))
+    return summary | domain.limits(dataset)
 
 
 def histograms(dataset: datasets.Dataset) -> dict[str, float]:
@@ -354,10 +354,10 @@ def evaluate(
             columns["code_importance_bound"] = bounds.mean(axis=-1)
     domain = domains.of(config.dataset)
     if config.evidence:
-        assert domain.evidence is not None, "checked"
+        assert domain.log_prob is not None, "checked"
         x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
         evidence, columns["evidence_error"] = loop.evidence(group, programs, states, x)
-        columns["model_gap"] = np.mean(domain.evidence(jnp.asarray(x))[None] - evidence, axis=-1)
+        columns["model_gap"] = np.mean(domain.log_prob(jnp.asarray(x))[None] - evidence, axis=-1)
         columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
     shown = dataset.test[: domain.num_pictures]
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
@@ -382,7 +382,7 @@ def evaluate(
         place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
         members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
         title = f"{VARIANTS[variant].title}, sigma = {sigma:.3g}"
-        drawn = slice(domain.num_drawn[0])
+        drawn = slice(domain.num_in_panels)
         panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))
     return members, panels
 

@@ -1,4 +1,4 @@
-"""What the claims are judged by: paired comparisons over seeds, corrections for their number, and jumps of curves."""
+"""The statistics of the claims: paired comparisons over seeds, corrections for their number, and jumps of curves."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What is wrong with a model: how it uses its latent space and its sigma, in numbers and in plain words.
+"""Diagnostics of a model: its use of the latent space and of sigma, in numbers and in plain words.
 
 `details` runs on the device, for each example; `summarise` runs on the host, in float64, over the examples of a split,
 and keeps the leading axes of sweep members.

@@ -122,7 +122,7 @@ def elbo_at(
 
 
 class Kind(enum.StrEnum):
-    """What the ELBOs of data with grey levels bound: see `rate`."""
+    """The quantities that ELBOs of data with grey levels bound: see `rate`."""
 
     DENSITY = "density"
     DEQUANTISED = "dequantised"

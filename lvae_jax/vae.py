@@ -253,6 +253,11 @@ def reconstruct(
     return vae.likelihood.mean(params["likelihood"], outputs), vae.likelihood.stddev(params["likelihood"], outputs)
 
 
+def sample_prior(key: Key[Array, ""], vae: VAE, params: Params, *, num_samples: int) -> Float[Array, "B L"]:
+    """`num_samples` draws of z ~ p(z), [B, L]."""
+    return vae.prior.sample(key, _of_prior(params), (num_samples, vae.latent_size))
+
+
 def generate(
     key: Key[Array, ""],
     vae: VAE,
@@ -264,7 +269,7 @@ def generate(
     """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from:
     (samples, means, stddevs)."""
     prior_key, likelihood_key = jax.random.split(key)
-    z = vae.prior.sample(prior_key, _of_prior(params), (num_samples, vae.latent_size))
+    z = sample_prior(prior_key, vae, params, num_samples=num_samples)
     outputs = decode(vae, params, z, condition=condition)
     head, head_params = vae.likelihood, params["likelihood"]
     return (
