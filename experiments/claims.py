@@ -13,6 +13,7 @@ from scipy import stats
 
 from experiments import statistics
 from experiments.report import by_row
+from experiments.results import Member, Quality, SphereMember, SphereSummary, Summary
 from experiments.statistics import Paired
 from experiments.variants import VARIANTS
 from lvae_jax import evaluation
@@ -48,34 +49,44 @@ class Claim(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A finished experiment: its summary, and its metrics by (group, member), each a column of values over steps."""
+    """A finished sweep: its summary, and its metrics by (group, member), each a column of values over steps."""
 
-    summary: Mapping[str, Any]
+    summary: Summary
     metrics: Mapping[tuple[str, int], Mapping[str, Float[np.ndarray, " T"]]]
 
-    def members(self, variant: str, sigma: float | None = None) -> list[dict[str, Any]]:
+    def members(self, variant: str, sigma: float | None = None) -> list[Member]:
         """The members of a variant by seed, in whose order they are paired; of F-VAEs, those of one sigma."""
-        chosen = [member for member in self.summary["members"] if member["variant"] == variant]
-        chosen = [member for member in chosen if sigma is None or member["sigma"] == sigma]
-        return sorted(chosen, key=lambda member: member["seed"])
+        chosen = [member for member in self.summary.members if member.variant == variant]
+        chosen = [member for member in chosen if sigma is None or member.sigma == sigma]
+        return sorted(chosen, key=lambda member: member.seed)
 
     def values(self, name: str, variant: str, sigma: float | None = None) -> Float[np.ndarray, "M *K"]:
         """The values of the members under `name`."""
-        return np.array([member[name] for member in self.members(variant, sigma)])
+        return np.array([getattr(member, name) for member in self.members(variant, sigma)])
 
     def curves(self, name: str, variant: str, sigma: float | None = None) -> Float[np.ndarray, "M T"]:
         """The training curves of the members."""
-        return np.array([self.metrics[m["group"], m["member"]][name] for m in self.members(variant, sigma)])
+        return np.array([self.metrics[m.group, m.member][name] for m in self.members(variant, sigma)])
 
     @property
     def highest_level(self) -> int:
-        """The grey level of white pixels: 255 for 8 bits, and for runs from before the number was recorded."""
-        return (self.summary.get("levels") or 256) - 1
+        """The grey level of white pixels: 255 for 8 bits."""
+        assert self.summary.levels is not None, "points have no grey levels"
+        return self.summary.levels - 1
 
     @property
     def sigmas(self) -> list[float]:
         """Sigmas of the F-VAEs, the largest first."""
-        return sorted({member["sigma"] for member in self.members("f")}, reverse=True)
+        return sorted({member.sigma for member in self.members("f")}, reverse=True)
+
+
+class Finished(NamedTuple):
+    """What was run of a scale. sweeps: toy, toy_plain, `IMAGES` and `CODES` by their names; quality: of their images,
+    by the same names, where it was measured."""
+
+    sphere: SphereSummary | None = None
+    sweeps: Mapping[str, Part] = {}
+    quality: Mapping[str, Quality] = {}
 
 
 def poor_optima(elbos: Float[np.ndarray, " M"], *, best: float | None = None) -> int:
@@ -84,7 +95,7 @@ def poor_optima(elbos: Float[np.ndarray, " M"], *, best: float | None = None) ->
     return int(np.sum((elbos.max() if best is None else best) - elbos > 0.1))
 
 
-Row = tuple[Any, ...]  # (variant,) or, of F-VAEs, (variant, sigma)
+Chosen = tuple[Any, ...]  # (variant,) or, of F-VAEs, (variant, sigma)
 
 
 class Ordering(NamedTuple):
@@ -99,7 +110,7 @@ def title(variant: str, sigma: float | None = None) -> str:
     return VARIANTS[variant].title + (f" at {sigma:g}" if sigma is not None else "")
 
 
-def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]:
+def compare(part: Part, pairs: Iterable[tuple[Chosen, Chosen, str]]) -> list[Ordering]:
     """Paired tests of each (better, worse) on the named quantity, with p corrected for their number by Holm."""
     found = [
         Ordering(
@@ -121,7 +132,7 @@ def compare(part: Part, pairs: Iterable[tuple[Row, Row, str]]) -> list[Ordering]
 def table_1_orderings(toy: Part) -> list[Ordering]:
     """Those of Table 1: LV > LS > every F; F* below LS, and below the F-VAE of the next larger sigma."""
     final = float(np.mean(toy.values("sigma", "f_star")))
-    pairs: list[tuple[Row, Row]] = [(("lv",), ("ls",))]
+    pairs: list[tuple[Chosen, Chosen]] = [(("lv",), ("ls",))]
     pairs += [(("ls",), ("f", sigma)) for sigma in toy.sigmas]
     pairs.append((("ls",), ("f_star",)))
     larger = [sigma for sigma in toy.sigmas if sigma > final]
@@ -148,25 +159,25 @@ def check_ordering(ordering: Ordering) -> Check:
     return Check(statement, found.difference > 0.0 if found.p < LEVEL else None, evidence)
 
 
-def c1(sphere: Part) -> list[Check]:
+def c1(sphere: SphereSummary) -> list[Check]:
     """Theorem 1."""
-    members = sphere.members("f")
+    members = [member for member in sphere.members if member.variant == "f"]
 
     def furthest(statement: str, low: float, high: float) -> Check:
-        part = [member for member in members if low <= member["relative_sigma"] <= high]
+        part = [member for member in members if low <= member.relative_sigma <= high]
         if not part:
             return Check(statement, None, "not run")
 
-        def error(member: Mapping[str, Any]) -> float:
-            radius = member["sigma"] / member["relative_sigma"] * math.sqrt(member["dim"])
-            return abs(member["radius"] - member["exact_radius"]) / radius
+        def error(member: SphereMember) -> float:
+            radius = member.sigma / member.relative_sigma * math.sqrt(member.dim)
+            return abs(member.radius - member.exact_radius) / radius
 
         worst = max(part, key=error)
         return Check(
             statement,
             error(worst) < 0.02,
-            f"worst of {len(part)}: {worst['radius']:.4f} for {worst['exact_radius']:.4f}, n = {worst['dim']}, "
-            f"{worst['relative_sigma']:.3g} times the critical sigma",
+            f"worst of {len(part)}: {worst.radius:.4f} for {worst.exact_radius:.4f}, n = {worst.dim}, "
+            f"{worst.relative_sigma:.3g} times the critical sigma",
         )
 
     close = "the decoder's mean radius is Theorem 1's to 2 % of R"
@@ -184,13 +195,14 @@ def c2(toy: Part) -> list[Check]:
 
 def c3(toy: Part) -> list[Check]:
     """Figs. 4, 6 and 7."""
-    true, sigmas = toy.summary["true_measures"], toy.sigmas
+    true, sigmas = toy.summary.true_measures, toy.sigmas
+    assert true is not None, "a run of the toy has them"
 
     def mean(name: str, variant: str, sigma: float | None = None) -> Any:
         return np.mean(toy.values(name, variant, sigma), axis=0)
 
     def denoises(kept: float, distance: float) -> bool:
-        return bool(kept < 0.5 and distance < true["curve_distance"])
+        return bool(kept < 0.5 and distance < true.curve_distance)
 
     def listed(values: Mapping[float, float]) -> str:
         return ", ".join(f"{value:.3g} at {sigma:g}" for sigma, value in values.items())
@@ -215,7 +227,7 @@ def c3(toy: Part) -> list[Check]:
             "the data",
             any(denoises(kept[sigma], distance[sigma]) for sigma in sigmas[1:-1]),
             f"noise kept {listed(kept)}; distance from the curve {listed(distance)}, of the data "
-            f"{true['curve_distance']:.3g}",
+            f"{true.curve_distance:.3g}",
         ),
         Check(
             f"At sigma = {sigmas[-1]:g} reconstructions keep more than 80 % of the noise",
@@ -226,7 +238,7 @@ def c3(toy: Part) -> list[Check]:
             "At both ends, generated points are more than twice as far from the test points as at the best sigma "
             "between",
             min(spread[sigmas[0]], spread[sigmas[-1]]) > 2.0 * between,
-            f"sliced Wasserstein distance {listed(spread)}; of true points {true['sliced_wasserstein']:.3g}",
+            f"sliced Wasserstein distance {listed(spread)}; of true points {true.sliced_wasserstein:.3g}",
         ),
         Check(
             "LS- and LV-VAE reconstruct well, by the same measure as that sigma between",
@@ -247,8 +259,8 @@ def c3(toy: Part) -> list[Check]:
         ),
         Check(
             "The LV-VAE's band has the true width of each region to 25 %",
-            bool(np.all(np.abs(widths["lv"] / true["band_widths"] - 1.0) < 0.25)),
-            f"widths {in_words['lv']}, true {', '.join(f'{width:.4f}' for width in true['band_widths'])}",
+            bool(np.all(np.abs(widths["lv"] / true.band_widths - 1.0) < 0.25)),
+            f"widths {in_words['lv']}, true {', '.join(f'{width:.4f}' for width in true.band_widths)}",
         ),
     ]
 
@@ -293,7 +305,7 @@ class Jumps(NamedTuple):
 
 def sigma_jumps(part: Part) -> Jumps:
     """The jumps of -log sigma, and of the ELBO by dimension, which a lower log sigma raises by as much."""
-    sigmas, elbos = part.curves("sigma_mean", "ls"), part.curves("elbo", "ls") / part.summary["num_dimensions"]
+    sigmas, elbos = part.curves("sigma_mean", "ls"), part.curves("elbo", "ls") / part.summary.num_dimensions
     falls = [statistics.jumps(-np.log(sigma))[0] for sigma in sigmas]
     near = np.zeros(elbos.shape, bool)
     reach = max(1, round(0.02 * elbos.shape[1]))
@@ -368,7 +380,7 @@ def c7(parts: Mapping[str, Part]) -> list[Check]:
     checks = []
     for name, part in parts.items():
         f, lv = (
-            evaluation.paper_elbo(float(np.mean(part.values("elbo", variant))), part.summary["shape"])
+            evaluation.paper_elbo(float(np.mean(part.values("elbo", variant))), part.summary.shape)
             for variant in ("f", "lv")
         )
         highest = part.highest_level
@@ -418,14 +430,14 @@ def sharpness_maps(parts: Mapping[str, Part], codes: Mapping[str, Part]) -> list
             checks += [ordered(name, part, "lv_star", "ls"), ordered(name, part, "lv", "lv_star")]
         if part.members("learned_map"):
             checks.append(ordered(name, part, "learned_map", "ls"))
-        if part.members("lv") and "code_elbo" in part.members("lv")[0]:
+        if part.members("lv") and part.members("lv")[0].code_elbo is not None:
             checks.append(ordered(name, part, "lv", "ls", column="code_elbo", what="log probability of grey levels"))
     for name, part in codes.items():
         checks += [ordered(name, part, "lv", "ls", what="log probability of grey levels"), _no_larger_error(name, part)]
     return checks
 
 
-def c8(parts: Mapping[str, Part], quality: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+def c8(parts: Mapping[str, Part], quality: Mapping[str, Quality]) -> list[Check]:
     """Figs. 13 to 18."""
     checks = []
     for name, part in parts.items():
@@ -447,7 +459,7 @@ def c8(parts: Mapping[str, Part], quality: Mapping[str, Mapping[str, Any]]) -> l
         if name not in quality:
             checks.append(Check(f"{name}: realism", None, "no labels to train a classifier on"))
             continue
-        rows = {row["row"]: row["classifier_frechet_distance"] for row in quality[name]["rows"]}
+        rows = {row.row: row.classifier_frechet_distance for row in quality[name].rows}
         f, lv = (next(iter(by_row(part.members(variant)))) for variant in ("f", "lv"))
         f_means, f_samples, lv_means = rows[f"{f}: means"], rows[f"{f}: samples"], rows[f"{lv}: means"]
         # Before it reconstructs anything, its means are unreal for another reason than the paper's.
@@ -510,12 +522,12 @@ def _no_worse(ordering: Ordering, statement: str) -> Check:
     return Check(statement, statistics.within(found.low, found.high, most=0.01), evidence)
 
 
-def all_claims(parts: Mapping[str, Part], quality: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
-    """Every claim, judged by the parts that were run: sphere, toy, toy_plain, `IMAGES` and `CODES` by their names."""
-    sphere, toy = parts.get("sphere"), parts.get("toy")
+def all_claims(found: Finished) -> list[Claim]:
+    """Every claim, judged by what was run."""
+    sphere, parts, toy = found.sphere, found.sweeps, found.sweeps.get("toy")
     images = {name: part for name, part in parts.items() if name in IMAGES}
     codes = {name: part for name, part in parts.items() if name in CODES}
-    learned = {name: part for name, part in parts.items() if name != "sphere" and name not in CODES}
+    learned = {name: part for name, part in parts.items() if name not in CODES}
 
     def on_toy(checks: Callable[[Part], list[Check]]) -> list[Check]:
         return checks(toy) if toy else []
@@ -557,7 +569,7 @@ def all_claims(parts: Mapping[str, Part], quality: Mapping[str, Mapping[str, Any
             "C8",
             "F-VAE's samples look like noise while their means look clean; LV-VAE's samples are close to their means; "
             "its means look less realistic than F-VAE's",
-            c8(images, quality),
+            c8(images, found.quality),
         ),
         Claim(
             "Annealing",

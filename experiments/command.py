@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import hosts
+from experiments import hosts, results
+from experiments.results import AnyResult
 from lvae_jax import datasets, runs
 
 FLAGS_OF_ARGUMENTS = {"name": "dataset", "path": "run_dir"}  # where the names differ
@@ -146,27 +147,29 @@ def run(
     config: Any,
     name: str,
     run_dir: str | None,
+    kind: type[AnyResult],
     *,
-    compute: Callable[[Path], dict[str, Any]],
-    table: Callable[[dict[str, Any]], str],
+    compute: Callable[[Path], AnyResult],
+    table: Callable[[AnyResult], str],
     echo: Callable[[str], None],
-) -> dict[str, Any]:
+) -> AnyResult:
     """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else what
     `compute(run directory)` returns, written there; echoed as a table either way.
 
     Raises:
-      runs.RunError: the directory belongs to something else. Whatever `compute` raises.
+      runs.RunError: the directory belongs to something else, or the summary is of another `kind`. Whatever `compute`
+        raises.
     """
     if jax.process_index() != 0:
         echo = _silent
     path = run_path(config, name, run_dir)
-    summary = runs.find_run(path, config._asdict(), defaults=config._field_defaults)
-    if summary is not None:
+    if runs.find_run(path, config._asdict(), defaults=config._field_defaults) is not None:
+        summary = results.read(path / "summary.json", kind)
         echo(f"{path} is finished")
         echo(table(summary))
         return summary
     summary = compute(path)
-    runs.write_json(path / "summary.json", summary)
+    runs.write_json(path / "summary.json", summary.to_json())
     echo(table(summary))
     echo(f"metrics, checkpoints, figures and summary.json: {path}")
     return summary

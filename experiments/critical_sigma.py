@@ -10,7 +10,6 @@ F-VAEs of a finished sigma_sweep use, and their ELBOs, stand beside.
 
 import functools
 import math
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import command, hosts, options, sweep
+from experiments import command, hosts, options, results, sweep, tables
 from experiments.options import Option, Range
-from experiments.report import POINTS
+from experiments.results import POINTS, CriticalSigma, Directions, Row, Summary
 from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
 from lvae_jax.evaluation import Kind
@@ -58,9 +57,8 @@ class Config(NamedTuple):
 
 def run(
     config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print, **places: Any
-) -> dict[str, Any]:
-    """Computes or reports the principal stddevs; returns what summary.json holds. `places` are folders of
-    `datasets.load`.
+) -> CriticalSigma:
+    """Computes or reports the principal stddevs. `places` are folders of `datasets.load`.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is written.
@@ -72,16 +70,16 @@ def run(
         config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
     trained = f_vaes(config)
 
-    def compute(path: Path) -> dict[str, Any]:
+    def compute(path: Path) -> CriticalSigma:
         dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data, **places))
         runs.make_run(path, config._asdict())
         return measure(config, path, dataset, trained)
 
     name = f"critical-sigma_{config.dataset.replace('/', '-')}"
-    return command.run(config, name, run_dir, compute=compute, table=table, echo=echo)
+    return command.run(config, name, run_dir, CriticalSigma, compute=compute, table=table, echo=echo)
 
 
-def f_vaes(config: Config) -> list[dict[str, Any]]:
+def f_vaes(config: Config) -> list[Row]:
     """The F-VAEs' rows of the sweep to compare with; an empty list without one.
 
     Raises:
@@ -92,35 +90,37 @@ def f_vaes(config: Config) -> list[dict[str, Any]]:
     path = Path(config.compare).expanduser()
     if not (path / "summary.json").exists():
         raise command.UsageError(f"--compare={path}: no finished run there")
-    theirs, summary = runs.read_json(path / "flags.json"), runs.read_json(path / "summary.json")
+    theirs, summary = runs.read_json(path / "flags.json"), results.read(path / "summary.json", Summary)
     for name in ("dataset", "image_size", "levels", "fake_data", "celeba_files"):
         if theirs.get(name) != getattr(config, name):
             raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
-    if summary["kind"] not in (POINTS, Kind.DENSITY):
+    if summary.kind not in (POINTS, Kind.DENSITY):
         raise command.UsageError(
             f"--compare={path}: its ELBOs are not of the data's density, run its command without --discretise and "
             "--dequantize"
         )
-    rows = [row for row in summary["rows"] if VARIANTS[row["variant"]].swept]
+    rows = [row for row in summary.rows if VARIANTS[row.variant].swept]
     if not rows:
         raise command.UsageError(f"--compare={path}: has no F-VAE, run its command with f in --variants")
-    return [
-        {name: row[name] for name in ("sigma", "active_units", "active_directions", "elbo", "elbo_sd", "num_seeds")}
-        for row in rows
-    ]
+    return rows
 
 
-def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list[Row]) -> CriticalSigma:
     """Computes the principal stddevs and draws the figure; returns the summary."""
     spread = theory.spread(chunks(dataset))
     stddevs = spread.principal_stddevs
     size = int(np.prod(dataset.shape))
-    sigmas = sorted({*(config.sigma or np.geomspace(1e-2, 1.0, 12) * stddevs[0]), *(row["sigma"] for row in trained)})
+    sigmas = sorted({*(config.sigma or np.geomspace(1e-2, 1.0, 12) * stddevs[0]), *(row.sigma for row in trained)})
     elbos = theory.linear_best_elbo(np.array(sigmas), stddevs, num_dimensions=size, latent_size=size)
-    by_sigma = {row["sigma"]: row for row in trained}
+    names = ("active_units", "active_directions", "elbo", "elbo_sd", "num_seeds")
+    by_sigma = {row.sigma: {f"trained_{name}": getattr(row, name) for name in names} for row in trained}
     rows = [
-        {"sigma": float(sigma), "directions": int(np.sum(stddevs > sigma)), "linear_elbo": float(elbo)}
-        | {f"trained_{name}": value for name, value in by_sigma.get(sigma, {}).items() if name != "sigma"}
+        Directions(
+            sigma=float(sigma),
+            directions=int(np.sum(stddevs > sigma)),
+            linear_elbo=float(elbo),
+            **by_sigma.get(sigma, {}),
+        )
         for sigma, elbo in zip(sigmas, elbos, strict=True)
     ]
     grid = np.geomspace(min(sigmas[0], 0.01 * stddevs[0]), 1.5 * max(stddevs[0], sigmas[-1]), 400)
@@ -128,23 +128,23 @@ def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list
         stddevs,
         grid,
         theory.linear_best_elbo(grid, stddevs, num_dimensions=size, latent_size=size),
-        trained=np.array([[row["sigma"], row["active_directions"], row["elbo"]] for row in trained]).reshape(-1, 3).T,
+        trained=np.array([[row.sigma, row.active_directions, row.elbo] for row in trained]).reshape(-1, 3).T,
         unit=dataset.unit,
     )
     runs.replace(path / "figures" / "directions.png", functools.partial(figure.savefig, dpi=120))
-    return {
-        "critical_sigma": float(stddevs[0]),
-        "mean_sigma": float(np.sqrt(np.mean(spread.stddevs**2))),
-        "correlation": spread.correlation,
-        "chance": spread.chance,
-        "principal_stddevs": stddevs.tolist(),
-        "rows": rows,
-        "dataset": config.dataset,
-        "num_dimensions": size,
-        "num_examples": STREAM_SIZE if dataset.train is None else len(dataset.train),
-        "unit": dataset.unit,
-        "jax": jax.__version__,
-    }
+    return CriticalSigma(
+        critical_sigma=float(stddevs[0]),
+        mean_sigma=float(np.sqrt(np.mean(spread.stddevs**2))),
+        correlation=spread.correlation,
+        chance=spread.chance,
+        principal_stddevs=stddevs.tolist(),
+        rows=rows,
+        dataset=config.dataset,
+        num_dimensions=size,
+        num_examples=STREAM_SIZE if dataset.train is None else len(dataset.train),
+        unit=dataset.unit,
+        jax=jax.__version__,
+    )
 
 
 def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
@@ -156,53 +156,43 @@ def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
         yield np.asarray(dataset.batch(examples, jax.random.key(0), jnp.asarray(index)))
 
 
-def table(summary: dict[str, Any]) -> str:
+def table(summary: CriticalSigma) -> str:
     """The summary as a table with notes."""
-    size = summary["num_dimensions"]
-    compared = any("trained_elbo" in row for row in summary["rows"])
-    titles = f"{'sigma':>10}{'directions':>12}{'linear VAE [nats]':>20}{'nats/dim':>11}"
-    lines = [titles + (f"{'active':>9}{'units':>7}{'ELBO [nats]':>16}" if compared else "")]
-    for row in summary["rows"]:
-        line = f"{row['sigma']:10.4g}{row['directions']:12d}{row['linear_elbo']:20.4f}{row['linear_elbo'] / size:11.4f}"
-        if "trained_elbo" in row:
-            line += f"{row['trained_active_directions']:9.4g}{row['trained_active_units']:7.4g}"
-            line += f"{row['trained_elbo']:16.4f} +- {row['trained_elbo_sd']:.4f}"
-        lines.append(line)
-    trained = [
-        "Right of it, trained F-VAEs. active, units: principal directions, and dimensions, of the latent space along",
-        "which the posterior's mean varies by more than 0.01.",
-    ]
-    return "\n".join(
-        [
-            f"critical sigma: {summary['critical_sigma']:.4g}, unit: {summary['unit']}. With a larger one, fixed, a "
-            "Gaussian decoder learns nothing but the mean.",
-            *lines,
-            f"directions: principal ones of {summary['num_examples']} training examples whose stddev exceeds sigma, of "
-            f"{size}.",
-            "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA).",
-            *(trained if compared else []),
-            *collapse(summary),
-        ]
+    columns = tables.directions(summary.num_dimensions)
+    first = (
+        f"critical sigma: {summary.critical_sigma:.4g}, unit: {summary.unit}. With a larger one, fixed, a Gaussian "
+        "decoder learns nothing but the mean."
     )
+    notes = [
+        f"directions: principal ones of {summary.num_examples} training examples whose stddev exceeds sigma, of "
+        f"{summary.num_dimensions}.",
+        "linear VAE: the largest ELBO of a linear encoder and decoder, exact (probabilistic PCA).",
+    ]
+    if "active" in tables.titles(columns, summary.rows):
+        notes.append(
+            "Right of it, trained F-VAEs. active, units: principal directions, and dimensions, of the latent space "
+            "along which the posterior's mean varies by more than 0.01."
+        )
+    return first + "\n" + tables.text(columns, summary.rows, notes=[*notes, *collapse(summary)])
 
 
-def collapse(summary: dict[str, Any]) -> list[str]:
-    """Lines that say whether an LS-VAE and an LV-VAE that encode nothing can stay so; none for a summary from before
-    that was computed."""
-    if "correlation" not in summary:
+def collapse(summary: CriticalSigma) -> list[str]:
+    """Sentences that say whether an LS-VAE and an LV-VAE that encode nothing can stay so; none for a summary from
+    before that was computed."""
+    if summary.correlation is None or summary.mean_sigma is None or summary.chance is None:
         return []
-    num_examples, chance = summary["num_examples"], summary["chance"]
-    even = (1.0 + math.sqrt(summary["num_dimensions"] / num_examples)) * summary["mean_sigma"]
-    ls = f"An LS-VAE that encodes nothing has sigma = {summary['mean_sigma']:.4g}, the root of the mean variance. "
+    even = (1.0 + math.sqrt(summary.num_dimensions / summary.num_examples)) * summary.mean_sigma
+    ls = f"An LS-VAE that encodes nothing has sigma = {summary.mean_sigma:.4g}, the root of the mean variance. "
     lv = (
         "An LV-VAE that encodes nothing has the stddev of each dimension as its sigma. The largest eigenvalue of the "
-        f"correlation matrix is {summary['correlation']:.4g}; by chance, independent dimensions have {chance:.4g}. "
+        f"correlation matrix is {summary.correlation:.4g}; by chance, independent dimensions have "
+        f"{summary.chance:.4g}. "
     )
     stays = "It can stay there, as no direction stands out."
     leaves = "It does not stay there, as it gains by encoding."
     return [
-        textwrap.fill(ls + (leaves if summary["critical_sigma"] > even else stays), 118),
-        textwrap.fill(lv + (leaves if summary["correlation"] > chance else stays), 118),
+        ls + (leaves if summary.critical_sigma > even else stays),
+        lv + (leaves if summary.correlation > summary.chance else stays),
     ]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import Pictures
+from experiments.results import Limits, ToyMeasures
 from lvae_jax import datasets, figures, measures, toy
 from lvae_jax import vae as vae_lib
 
@@ -30,7 +31,7 @@ class Domain(NamedTuple):
         all.
       draw: the figure of panels.
       measure: (pictures [M, ...], their originals, dataset) -> measures of the pictures.
-      limits: (dataset) -> the exact limits of the data, for summary.json.
+      limits: (dataset) -> the exact limits of the data, as far as they are known.
       log_prob: x [B, *S] -> log p(x) of the true density in nats, [B]; None if it is not known.
     """
 
@@ -44,7 +45,7 @@ class Domain(NamedTuple):
     num_in_gallery: int | None
     draw: Callable[..., figures.Figure]
     measure: Callable[[Pictures, np.ndarray, datasets.Dataset], Measures]
-    limits: Callable[[datasets.Dataset], dict[str, Any]]
+    limits: Callable[[datasets.Dataset], Limits]
     log_prob: Callable[[Any], Any] | None = None
 
 
@@ -60,35 +61,32 @@ def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.
     }
 
 
-def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray, test: np.ndarray) -> ToyMeasures:
     """Figs. 4, 6 and 7 in numbers, in lengths of the toy: the root mean square distance of reconstructions of x from
     the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three regions and
     their sliced Wasserstein distance from the test points."""
     points = jnp.asarray(reconstructions)
     gap = points - toy.curve(toy.nearest(points))
-    return {
-        "curve_distance": float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
-        "noise_kept": float(toy.noise_kept(points, jnp.asarray(x))),
-        "band_widths": np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
-        "sliced_wasserstein": measures.sliced_wasserstein(jax.random.key(0), samples, test),
-    }
+    return ToyMeasures(
+        curve_distance=float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
+        noise_kept=float(toy.noise_kept(points, jnp.asarray(x))),
+        band_widths=np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
+        sliced_wasserstein=measures.sliced_wasserstein(jax.random.key(0), samples, test),
+    )
 
 
 def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
     pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
-    measured = [toy_measures(*pair, originals, dataset.test) for pair in pairs]
+    measured = [toy_measures(*pair, originals, dataset.test).to_json() for pair in pairs]
     return {name: [of_member[name] for of_member in measured] for name in measured[0]}
 
 
-def toy_limits(dataset: datasets.Dataset) -> dict[str, Any]:
+def toy_limits(dataset: datasets.Dataset) -> Limits:
     """The entropy, and the measures of as many true points in the place of reconstructions and of samples: those of a
     model that copies, and of a perfect one."""
     key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
     true = np.asarray(dataset.batch(None, key, jnp.arange(TOY.num_pictures)))
-    return {
-        "entropy": toy.entropy(),
-        "true_measures": toy_measures(true, true, true, dataset.test),
-    }
+    return Limits(entropy=toy.entropy(), true_measures=toy_measures(true, true, true, dataset.test))
 
 
 TOY = Domain(
@@ -116,7 +114,7 @@ IMAGES = Domain(
     num_in_gallery=64,
     draw=figures.image_panels,
     measure=image_measures,
-    limits=lambda dataset: {},
+    limits=lambda dataset: Limits(),
 )
 
 

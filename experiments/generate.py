@@ -20,7 +20,6 @@ import hashlib
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from absl import flags
 from jaxtyping import Array, Float, Key
 
 from experiments import command, domains, sweep
+from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
 from lvae_jax import vae as vae_lib
@@ -49,7 +49,7 @@ def run(
     num_samples: int = 64,
     key_seed: int = 0,
     echo: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Generated:
     """Writes what the chosen members of the run generate into `out`; returns what generated.json holds.
 
     Raises:
@@ -58,26 +58,26 @@ def run(
     path = Path(run_dir).expanduser()
     folder = Path(out).expanduser() if out else path / "generated"
     config, summary = sweep.read_run(path)
-    shape = tuple(summary["shape"])
+    shape = tuple(summary.shape)
     if num_samples < 1:
         raise command.UsageError(f"--num_samples={num_samples}: must be at least 1")
     if not 0 <= key_seed < 2**31:
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
-    members = choose(summary["members"], variants, sigmas, seeds or (config.seed,))
+    members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
     given = read_images(images, shape, levels=levels) if images else None
-    groups = {member["group"]: member["variant"] for member in members}
+    groups = {member.group: member.variant for member in members}
     weights = {group: sweep.restore(path, config, group, variant, shape) for group, variant in groups.items()}
-    record = {
-        "run": str(path.resolve()),
-        "shape": list(shape),
-        "unit": summary["unit"],  # of all arrays
-        "num_samples": num_samples,
-        "key_seed": key_seed,
-        "images": None if given is None else hashlib.sha256(given.tobytes()).hexdigest(),
-        "members": [{name: member[name] for name in ("variant", "sigma", "seed")} for member in members],
-        "files": [file_name(member) for member in members],
-    }
+    record = Generated(
+        run=str(path.resolve()),
+        shape=list(shape),
+        unit=summary.unit,
+        num_samples=num_samples,
+        key_seed=key_seed,
+        images=None if given is None else hashlib.sha256(given.tobytes()).hexdigest(),
+        members=[Chosen(variant=member.variant, sigma=member.sigma, seed=member.seed) for member in members],
+        files=[file_name(member) for member in members],
+    )
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
@@ -86,20 +86,20 @@ def run(
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
     }
-    for member, name in zip(members, record["files"], strict=True):
-        params = jax.tree.map(lambda leaf, index=member["member"]: leaf[index], weights[member["group"]])
-        arrays = jax.device_get(programs[member["variant"]](key, params=params, x=x))
+    for member, name in zip(members, record.files, strict=True):
+        params = jax.tree.map(lambda leaf, index=member.member: leaf[index], weights[member.group])
+        arrays = jax.device_get(programs[member.variant](key, params=params, x=x))
         runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))
-        title = f"{VARIANTS[member['variant']].title}, sigma = {member['sigma']:.3g}, seed {member['seed']}"
-        figure = figures.gallery(title, panels(arrays, shape, shown=shown), unit=summary["unit"])
+        title = f"{VARIANTS[member.variant].title}, sigma = {member.sigma:.3g}, seed {member.seed}"
+        figure = figures.gallery(title, panels(arrays, shape, shown=shown), unit=summary.unit)
         runs.replace(folder / f"{name}.png", functools.partial(figure.savefig, dpi=120))
         echo(f"{title}: {folder / name}.npz and .png")
     return record
 
 
 def choose(
-    members: Sequence[dict[str, Any]], variants: Sequence[str], sigmas: Sequence[float], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
+    members: Sequence[Member], variants: Sequence[str], sigmas: Sequence[float], seeds: Sequence[int]
+) -> list[Member]:
     """The members of these variants, sigmas and seeds; all variants or sigmas if none is given. Sigmas choose among
     F-VAEs, and only these if no variant is given.
 
@@ -107,11 +107,11 @@ def choose(
       command.UsageError: one of them is not in the run.
     """
     swept = [name for name, variant in VARIANTS.items() if variant.swept]
-    f_sigmas = [member["sigma"] for member in members if member["variant"] in swept]
+    f_sigmas = [member.sigma for member in members if member.variant in swept]
     for name, asked, there in (
-        ("variant", variants, [member["variant"] for member in members]),
+        ("variant", variants, [member.variant for member in members]),
         ("sigma", sigmas, f_sigmas),
-        ("seed", seeds, [member["seed"] for member in members]),
+        ("seed", seeds, [member.seed for member in members]),
     ):
         for value in asked:
             if value not in there:
@@ -125,9 +125,9 @@ def choose(
     return [
         member
         for member in members
-        if member["variant"] in variants
-        and member["seed"] in seeds
-        and (not sigmas or member["variant"] not in swept or member["sigma"] in sigmas)
+        if member.variant in variants
+        and member.seed in seeds
+        and (not sigmas or member.variant not in swept or member.sigma in sigmas)
     ]
 
 
@@ -197,7 +197,7 @@ def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.n
     return points
 
 
-def claim(folder: Path, record: dict[str, Any]) -> None:
+def claim(folder: Path, record: Generated) -> None:
     """Writes generated.json into a new or empty folder; one with the same record is used again.
 
     Raises:
@@ -205,18 +205,18 @@ def claim(folder: Path, record: dict[str, Any]) -> None:
     """
     file = folder / "generated.json"
     try:
-        mine = file.exists() and runs.read_json(file) == record
+        mine = file.exists() and runs.read_json(file) == record.to_json()
         if not mine and folder.exists() and any(folder.iterdir()):
             raise command.UsageError(f"{folder} holds files of another command: give another --out")
-        runs.write_json(file, record)
+        runs.write_json(file, record.to_json())
     except OSError as error:
         raise command.UsageError(f"{folder} cannot be written ({error.strerror}): give another --out") from None
 
 
-def file_name(member: dict[str, Any]) -> str:
+def file_name(member: Member) -> str:
     """The name of a member's files, without their endings."""
-    sigma = f"-{member['sigma']}" if VARIANTS[member["variant"]].swept else ""
-    return f"{member['variant']}{sigma}-seed{member['seed']}"
+    sigma = f"-{member.sigma}" if VARIANTS[member.variant].swept else ""
+    return f"{member.variant}{sigma}-seed{member.seed}"
 
 
 def pictures(

@@ -9,9 +9,9 @@ interrupted run, and reports a finished one again. It took 20 minutes on two CPU
 radii of 0.970 at 0.3 times the critical sigma for n = 3, and below 0.02 above it.
 """
 
+import dataclasses
 import functools
 import math
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,8 +22,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import command, loop, options
+from experiments import command, loop, options, tables
 from experiments.options import Option, Range, at_least
+from experiments.results import SphereMember, SphereResult, SphereRow, SphereSummary
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, likelihoods, runs, theory
 from lvae_jax import vae as vae_lib
@@ -53,19 +54,19 @@ class Config(NamedTuple):
     ] = None
 
 
-def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs, resumes or reports the experiment; returns what summary.json holds.
+def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print) -> SphereSummary:
+    """Runs, resumes or reports the experiment.
 
     Raises:
       command.UsageError, runs.RunError: as their docstrings say, before anything is trained or overwritten.
     """
     check(config)
 
-    def compute(path: Path) -> dict[str, Any]:
+    def compute(path: Path) -> SphereSummary:
         runs.make_run(path, config._asdict())
         return train_all(config, path)
 
-    return command.run(config, "hypersphere", run_dir, compute=compute, table=table, echo=echo)
+    return command.run(config, "hypersphere", run_dir, SphereSummary, compute=compute, table=table, echo=echo)
 
 
 def check(config: Config) -> None:
@@ -91,10 +92,10 @@ def make_vae(variant: str, dim: int, latent_size: int, sigma: Any) -> vae_lib.VA
     return vae_lib.mlp_vae((dim,), VARIANTS[variant].head(sigma), latent_size=latent_size)
 
 
-def train_all(config: Config, path: Path) -> dict[str, Any]:
+def train_all(config: Config, path: Path) -> SphereSummary:
     """Trains all models, if any are asked for, and draws the figures; returns the summary."""
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
-    members: list[dict[str, Any]] = []
+    members: list[SphereMember] = []
     steps = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     num_members = len(config.dims) * config.num_seeds * (len(config.sigma) + 2)
     with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
@@ -109,17 +110,17 @@ def train_all(config: Config, path: Path) -> dict[str, Any]:
                 programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
                 states, _ = loop.fit(path, group, programs, dataset, None, **steps, bar=bar)
                 members += evaluate(variant, group, programs, states, dataset, config.radius)
-    spheres = [exact(dim, config, [member for member in members if member["dim"] == dim]) for dim in config.dims]
+    spheres = [exact(dim, config, [member for member in members if member.dim == dim]) for dim in config.dims]
     drawings = {"objective": figures.objective_map(spheres), "radius": figures.radius_and_elbo(spheres)}
     for name, figure in drawings.items():
         runs.replace(path / "figures" / f"{name}.png", functools.partial(figure.savefig, dpi=120))
-    return {
-        "rows": rows(members),
-        "members": members,
-        "num_test_examples": datasets.TEST_SIZE,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
+    return SphereSummary(
+        rows=rows(members),
+        members=members,
+        num_test_examples=datasets.TEST_SIZE,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        jax=jax.__version__,
+    )
 
 
 def evaluate(
@@ -129,7 +130,7 @@ def evaluate(
     states: Any,
     dataset: datasets.Dataset,
     radius: float,
-) -> list[dict[str, Any]]:
+) -> list[SphereMember]:
     """The scores of each member on the test split, with the radius of its decoder's outputs, z drawn from the prior or
     from the posterior of these examples, beside the exact values for its sigma."""
     dim = dataset.shape[0]
@@ -141,30 +142,37 @@ def evaluate(
     for index, seed in enumerate(group.seeds):
         final = {name: float(values[index]) for name, values in scores._asdict().items()}
         sigma = final["sigma_mean"]
-        members.append(
-            {"variant": variant, "dim": dim, "seed": int(seed), "sigma": sigma}
-            | {"start": float(group.sigmas[index]) / critical}
-            | {"relative_sigma": sigma / critical}
-            | {"radius": float(norms[index].mean()), "posterior_radius": float(posterior_norms[index].mean())}
-            | {"exact_radius": float(theory.optimal_radius(sigma, radius=radius, dim=dim))}
-            | {"exact_elbo": float(theory.best_elbo(sigma, radius=radius, dim=dim))}
-            | final
+        member = SphereMember(
+            variant=variant,
+            dim=dim,
+            seed=int(seed),
+            sigma=sigma,
+            start=float(group.sigmas[index]) / critical,
+            relative_sigma=sigma / critical,
+            radius=float(norms[index].mean()),
+            posterior_radius=float(posterior_norms[index].mean()),
+            exact_radius=float(theory.optimal_radius(sigma, radius=radius, dim=dim)),
+            exact_elbo=float(theory.best_elbo(sigma, radius=radius, dim=dim)),
+            **final,
         )
+        members.append(member)
     return members
 
 
-def exact(dim: int, config: Config, members: list[dict[str, Any]]) -> figures.Sphere:
+def exact(dim: int, config: Config, members: list[SphereMember]) -> figures.Sphere:
     """Theorem 1's curves and objective, with the trained members beside them."""
     unit = theory.critical_sigma(dim=dim)
     top = 1.1 * max(1.5, *config.sigma)
     curve = np.unique(np.concatenate([np.linspace(0.05, top, 400), 1.0 - np.geomspace(1e-5, 0.1, 50)]))
     rho, sigma = np.linspace(0.0, 1.2, 241), np.linspace(0.05, 1.5, 291)
     trained = {}
-    for variant, name in (("f", "F-VAE"), ("ls", "LS-VAE")):
-        part = [member for member in members if member["variant"] == variant]
-        columns = [[member[column] for member in part] for column in ("relative_sigma", "radius", "elbo")]
-        if part:
-            trained[name] = (np.array(columns[0]), np.array(columns[1]) / config.radius, np.array(columns[2]))
+    for variant in dict.fromkeys(member.variant for member in members):
+        part = [member for member in members if member.variant == variant]
+        trained[VARIANTS[variant].title] = (
+            np.array([member.relative_sigma for member in part]),
+            np.array([member.radius for member in part]) / config.radius,
+            np.array([member.elbo for member in part]),
+        )
     return figures.Sphere(
         dim=dim,
         sigma=curve,
@@ -177,60 +185,34 @@ def exact(dim: int, config: Config, members: list[dict[str, Any]]) -> figures.Sp
     )
 
 
-def rows(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(members: list[SphereMember]) -> list[SphereRow]:
     """The mean over seeds for each dimension and sigma, with the standard deviation of radius and ELBO (0 for one)."""
-    parts: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    parts: dict[tuple[Any, ...], list[SphereMember]] = {}
     for member in members:
-        parts.setdefault((member["dim"], member["variant"], member["start"]), []).append(member)
-    names = (
-        "sigma",
-        "start",
-        "relative_sigma",
-        "radius",
-        "posterior_radius",
-        "exact_radius",
-        "elbo",
-        "exact_elbo",
-        "kl",
-    )
+        parts.setdefault((member.dim, member.variant, member.start), []).append(member)
+    names = [field.name for field in dataclasses.fields(SphereResult) if field.name not in ("dim", "variant")]
+
+    def over_seeds_sd(values: list[float]) -> float:
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
     return [
-        {"dim": dim, "variant": variant, "num_seeds": len(part)}
-        | {name: float(np.mean([member[name] for member in part])) for name in names}
-        | {
-            f"{name}_over_seeds_sd": float(np.std([member[name] for member in part], ddof=1)) if len(part) > 1 else 0.0
-            for name in ("radius", "elbo")
-        }
+        SphereRow(
+            dim=dim,
+            variant=variant,
+            num_seeds=len(part),
+            radius_over_seeds_sd=over_seeds_sd([member.radius for member in part]),
+            elbo_over_seeds_sd=over_seeds_sd([member.elbo for member in part]),
+            **{name: float(np.mean([getattr(member, name) for member in part])) for name in names},
+        )
         for (dim, variant, _), part in parts.items()
     ]
 
 
-def table(summary: dict[str, Any]) -> str:
+def table(summary: SphereSummary) -> str:
     """The summary as a table with a note."""
-    if not summary["rows"]:
+    if not summary.rows:
         return "nothing was trained (--num_steps=0): see the figures"
-    num_seeds = summary["rows"][0]["num_seeds"]
-
-    def spread(row: dict[str, Any], name: str) -> str:
-        return f" +- {row[f'{name}_over_seeds_sd']:<6.4f}" if num_seeds > 1 else ""
-
-    blank = 10 * " " if num_seeds > 1 else ""
-    columns = f"{'n':>4}{'start':>18}{'sigma':>10}{'radius':>10}{blank}{'posterior':>11}{'exact':>9}"
-    lines = [columns + f"{'ELBO [nats]':>13}{blank}{'best':>10}{'KL':>9}"]
-    lines += [
-        f"{row['dim']:4d}  {row['variant'].upper() + '-VAE':8}{row['start']:8.4g}{row['relative_sigma']:10.4g}"
-        f"{row['radius']:10.4f}{spread(row, 'radius')}{row['posterior_radius']:11.4f}{row['exact_radius']:9.4f}"
-        f"{row['elbo']:13.4f}{spread(row, 'elbo')}{row['exact_elbo']:10.4f}{row['kl']:9.4f}"
-        for row in summary["rows"]
-    ]
-    note = (
-        "start, sigma: at the start and at the end, in units of the critical one, R / sqrt(n). radius: mean norm of "
-        "the decoder's outputs, z drawn from the prior; posterior: for z ~ q(z|x) of "
-        f"{summary['num_test_examples']} test examples. exact, best: Theorem 1's, for an F-VAE of this sigma with "
-        "ideal networks."
-    )
-    if num_seeds > 1:
-        note += f" +-: standard deviation over {num_seeds} seeds."
-    return "\n".join([*lines, textwrap.fill(note, 118)])
+    return tables.text(tables.SPHERE, summary.rows, notes=tables.sphere_notes(summary))
 
 
 def define_flags() -> None:

@@ -3,21 +3,19 @@
 import base64
 import importlib.metadata
 import io
-import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import markdown
 import numpy as np
 import PIL.Image
 
-from experiments import claims
-from experiments.claims import Claim, Ordering, Part
+from experiments import claims, tables
+from experiments.claims import Claim, Finished, Ordering, Part
+from experiments.results import Member, Row, ToyMeasures
 from experiments.variants import VARIANTS
-from lvae_jax.evaluation import Kind
 
 TOY_FIGURES = {
     "samples": "Figs. 4, 6 and 7: reconstructions over data, and generated points with their means, one seed.",
@@ -53,7 +51,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: lef
 """
 
 
-def figures(path: Path, parts: Mapping[str, Part]) -> dict[str, bytes]:
+def figures(path: Path, parts: Iterable[str]) -> dict[str, bytes]:
     """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette of 256
     colours: a third of the size or less."""
     found = {}
@@ -95,8 +93,7 @@ def html(text: str, figures: Mapping[str, bytes]) -> str:
 def compose(
     scale: str,
     found: Sequence[Claim],
-    parts: Mapping[str, Part],
-    judged: Mapping[str, Mapping[str, Any]],
+    finished: Finished,
     *,
     commands: Mapping[str, str],
     times: Mapping[str, float],
@@ -105,7 +102,6 @@ def compose(
 
     Args:
       found: the claims.
-      judged: what `experiments.quality` says of the images of a part.
       commands: of each part of the scale, run or not.
       times: seconds that each part has taken.
     """
@@ -120,22 +116,21 @@ def compose(
         + " **This scale tests the machinery; its verdicts say nothing of the paper.**"
         * (scale == "smoke"),
         "## Verdicts",
-        table(["claim", "", "verdict", "yes", "no", "undecided"], [verdict(claim) for claim in found]),
+        tables.grid(["claim", "", "verdict", "yes", "no", "undecided"], [verdict(claim) for claim in found]),
         "## What was run",
-        ran(parts, commands, times),
+        ran(finished, commands, times),
     ]
-    sphere, toy = parts.get("sphere"), parts.get("toy")
+    sphere, toy = finished.sphere, finished.sweeps.get("toy")
     sections += ["## Claims", *(claim_section(claim) for claim in found)]
     if sphere is not None:
-        sections += ["## Theorem 1", sphere_table(sphere), *shown("sphere")]
+        notes = tables.sphere_notes(sphere)
+        sections += ["## Theorem 1", tables.markdown(tables.SPHERE, sphere.rows, notes=notes), *shown("sphere")]
     if toy is not None:
         sections += [
             "## Table 1: the toy",
             toy_table(toy),
-            "A poor optimum lies more than 0.1 nats below the row's best seed; it counts in every mean. No model "
-            f"exceeds -H(x) = {-toy.summary['entropy']:.4f} nats. *gap* is the distance to the true density, *due to "
-            "sigma* the part of the gap that no networks can close at this fixed sigma, at least. *paper's ELBO* lacks "
-            "the density's constant, (n/2) log 2 pi. Paired over seeds:",
+            "A poor optimum lies more than 0.1 nats below the row's best seed; it counts in every mean.",
+            "Paired over seeds:",
             orderings_table(claims.table_1_orderings(toy)),
             "### Figs. 4, 6 and 7 in numbers",
             shapes_table(toy),
@@ -147,14 +142,17 @@ def compose(
             orderings_table(claims.annealing_orderings(toy)),
             *shown("toy"),
         ]
-    if "toy_plain" in parts:
+    if "toy_plain" in finished.sweeps:
         sections += shown("toy_plain")
     for name in (*claims.IMAGES, *claims.CODES):
-        if name in parts:
-            sections += [f"## Table 2: {name.replace('_codes', ', by probabilities')}", images_table(parts[name])]
-            if name in judged:
-                sections += [quality_table(judged[name])]
-            sections += shown(name)
+        if name not in finished.sweeps:
+            continue
+        heading = f"## Table 2: {name.replace('_codes', ', by probabilities')}"
+        sections += [heading, images_table(finished.sweeps[name])]
+        if name in finished.quality:
+            quality = finished.quality[name]
+            sections += [tables.markdown(tables.REALISM, quality.rows, notes=tables.realism_notes(quality))]
+        sections += shown(name)
     return "\n\n".join(sections) + "\n"
 
 
@@ -162,38 +160,33 @@ def verdict(claim: Claim) -> list[str]:
     """A claim's cells in the table of verdicts."""
     answers = [check.holds for check in claim.checks]
     counts = [str(answers.count(answer)) if answers else "" for answer in ANSWERS]
-    return [claim.name, literal(claim.title), f"**{claim.verdict}**", *counts]
+    return [claim.name, tables.literal(claim.title), f"**{claim.verdict}**", *counts]
 
 
-def literal(text: str) -> str:
-    """Text in which no star is markup."""
-    return text.replace("*", "\\*")
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def names(finished: Finished) -> list[str]:
+    """The parts that were run."""
+    return ["sphere"] * (finished.sphere is not None) + list(finished.sweeps)
 
 
 def shown(part: str) -> list[str]:
     return [f"![{caption}](figures/{part}-{name}.png)\n\n*{caption}*" for name, caption in captions(part).items()]
 
 
-def ran(parts: Mapping[str, Part], commands: Mapping[str, str], times: Mapping[str, float]) -> str:
+def ran(finished: Finished, commands: Mapping[str, str], times: Mapping[str, float]) -> str:
     """The table of parts: command, seeds, time and device, or that the part was not run."""
     rows = []
     for name, command in commands.items():
-        if name not in parts:
+        if name not in names(finished):
             rows.append([name, f"`{command}`", "**not run**", "", ""])
             continue
-        summary = parts[name].summary
-        seeds = len({member["seed"] for member in summary["members"]})
+        summary = finished.sweeps[name].summary if name in finished.sweeps else finished.sphere
+        assert summary is not None, "the sphere is the one part that is no sweep"
+        seeds = len({member.seed for member in summary.members})
         minutes = f"{times[name] / 60.0:.1f}" if name in times else ""
-        rows.append([name, f"`{command}`", str(seeds), minutes, f"{summary['device']}, jax {summary['jax']}"])
+        rows.append([name, f"`{command}`", str(seeds), minutes, f"{summary.device}, jax {summary.jax}"])
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("lvae_jax", "flax", "optax", "numpy"))
     return (
-        table(["part", "command", "seeds", "minutes", "device"], rows)
+        tables.grid(["part", "command", "seeds", "minutes", "device"], rows)
         + f"\n\nReport written under Python {platform.python_version()}, {versions}, on {processor()}."
     )
 
@@ -208,72 +201,35 @@ def processor() -> str:
 
 def claim_section(claim: Claim) -> str:
     """A claim with its checks."""
-    rows = [[literal(check.statement), ANSWERS[check.holds], literal(check.evidence)] for check in claim.checks]
-    heading = f"### {claim.name}: {claim.verdict}\n\n*{literal(claim.title)}.*"
-    return heading + ("\n\n" + table(["check", "holds", "evidence"], rows) if rows else "")
-
-
-def sphere_table(sphere: Part) -> str:
-    """Trained radii and ELBOs beside the exact ones."""
     rows = [
-        [
-            str(row["dim"]),
-            f"{row['variant'].upper()}-VAE",
-            f"{row['relative_sigma']:.4g}",
-            spread(row["radius"], row["radius_over_seeds_sd"], row["num_seeds"]),
-            f"{row['exact_radius']:.4f}",
-            spread(row["elbo"], row["elbo_over_seeds_sd"], row["num_seeds"]),
-            f"{row['exact_elbo']:.4f}",
-        ]
-        for row in sphere.summary["rows"]
+        [tables.literal(check.statement), ANSWERS[check.holds], tables.literal(check.evidence)]
+        for check in claim.checks
     ]
-    return table(["n", "", "sigma / critical", "radius", "exact", "ELBO", "best possible"], rows)
+    heading = f"### {claim.name}: {claim.verdict}\n\n*{tables.literal(claim.title)}.*"
+    return heading + ("\n\n" + tables.grid(["check", "holds", "evidence"], rows) if rows else "")
 
 
-def spread(mean: float, stddev: float, num_seeds: int) -> str:
-    return f"{mean:.4f}" + (f"&nbsp;±&nbsp;{stddev:.4f}" if num_seeds > 1 else "")
-
-
-def over_seeds(values: Sequence[float]) -> str:
-    return spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values))
-
-
-def rows_of(part: Part) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
-    """The rows of a sweep: title, row, members."""
-    return [
-        (
-            literal(VARIANTS[row["variant"]].title),
-            row,
-            part.members(row["variant"], row["sigma"] if VARIANTS[row["variant"]].swept else None),
-        )
-        for row in part.summary["rows"]
-    ]
+def members_of(part: Part, row: Row) -> list[Member]:
+    """The members of a row."""
+    return part.members(row.variant, row.sigma if VARIANTS[row.variant].swept else None)
 
 
 def toy_table(toy: Part) -> str:
-    rows = [
-        [
-            title,
-            f"{row['sigma']:.4g}",
-            spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
-            f"{row['elbo_paper']:.4f}",
-            f"{row['log_likelihood']:.4f}",
-            f"{row['kl']:.4f}",
-            f"{row['gap']:.4f}",
-            f"{row['sigma_gap'][0]:.3f}" if "sigma_gap" in row else "",
-            f"{claims.poor_optima(np.array([member['elbo'] for member in members]))} of {len(members)}",
-        ]
-        for title, row, members in rows_of(toy)
-    ]
-    titles = ["", "sigma", "ELBO", "paper's ELBO", "log p(x given z)", "KL", "gap", "due to sigma", "poor optima"]
-    return table(titles, rows)
+    """The sweep's table, with the number of poor optima."""
+
+    def poor(row: Row) -> str:
+        elbos = np.array([member.elbo for member in members_of(toy, row)])
+        return f"{claims.poor_optima(elbos)} of {len(elbos)}"
+
+    columns = [*tables.SWEEP, tables.Column("poor optima", poor)]
+    return tables.markdown(columns, toy.summary.rows, notes=tables.sweep_notes(toy.summary))
 
 
 def orderings_table(orderings: Sequence[Ordering]) -> str:
     rows = []
     for ordering in orderings:
         found = ordering.paired
-        cells = [literal(f"{ordering.better} less {ordering.worse}")]
+        cells = [tables.literal(f"{ordering.better} less {ordering.worse}")]
         if found is None:
             cells += ["too few seeds"] + [""] * 5
         else:
@@ -286,69 +242,44 @@ def orderings_table(orderings: Sequence[Ordering]) -> str:
                 f"{found.wins} of {found.num_seeds}",
             ]
         rows.append(cells)
-    return table(["", "difference", "95 % interval", "p", "p, Wilcoxon", "d", "positive"], rows)
+    return tables.grid(["", "difference", "95 % interval", "p", "p, Wilcoxon", "d", "positive"], rows)
 
 
 def shapes_table(toy: Part) -> str:
-    names = ("curve_distance", "noise_kept", "band_widths", "sliced_wasserstein")
+    """Figs. 4, 6 and 7 in numbers: of the rows, and of true points."""
+    true = toy.summary.true_measures
+    assert true is not None, "a run of the toy has them"
 
-    def cells(members: Sequence[Mapping[str, Any]]) -> list[str]:
-        columns = np.stack([np.hstack([member[name] for name in names]) for member in members], axis=1)
-        return [over_seeds(column) for column in columns]
+    def cells(measured: Sequence[Member | ToyMeasures]) -> list[str]:
+        columns = [[m.curve_distance, m.noise_kept, *(m.band_widths or ()), m.sliced_wasserstein] for m in measured]
+        return [over_seeds(column) for column in np.array(columns, float).T]
 
-    rows = [
-        [title, f"{row['sigma']:.4g}", over_seeds([math.sqrt(member["mse"]) for member in members]), *cells(members)]
-        for title, row, members in rows_of(toy)
-    ]
-    rows.append(["true points", "", "0", *cells([toy.summary["true_measures"]])])
+    rows = []
+    for row in toy.summary.rows:
+        members = members_of(toy, row)
+        error = over_seeds([member.best_sigma for member in members])
+        rows.append([tables.literal(VARIANTS[row.variant].title), f"{row.sigma:.4g}", error, *cells(members)])
+    rows.append(["true points", "", "0", *cells([true])])
     titles = ["", "sigma", "error", "from the curve", "noise kept", "band, moderate", "small", "large", "Wasserstein"]
-    return table(titles, rows)
+    return tables.grid(titles, rows)
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """Their mean, with the standard deviation of several."""
+    stddev = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return tables.literal(tables.spread(float(np.mean(values)), stddev))
 
 
 def images_table(part: Part) -> str:
-    """Rows of the variants, and those of the histograms, which have bits alone."""
-    summary = part.summary
-    lines = [
-        {
-            "": title,
-            "sigma": f"{row['sigma']:.4g}",
-            "ELBO": spread(row["elbo"], row["elbo_sd"], row["num_seeds"]),
-            "paper's ELBO": f"{row['elbo_paper']:.2f}" if "elbo_paper" in row else None,
-            "nats/dim": f"{row['nats_per_dimension']:.4f}",
-            "bits/dim": f"{row['bits_per_dimension']:.4f}",
-            "KL": f"{row['kl']:.2f}",
-            "error [grey levels]": over_seeds([part.highest_level * math.sqrt(member["mse"]) for member in members]),
-            "sharpness": f"{row.get('sharpness', math.nan):.3f}",
-            "sample noise": f"{row.get('sample_noise', math.nan):.4f}",
-            "diagnosis": row["diagnosis"],
-        }
-        for title, row, members in rows_of(part)
+    """The sweep's table, with the error in grey levels and the diagnoses."""
+
+    def error(row: Row) -> str:
+        return over_seeds([part.highest_level * member.best_sigma for member in members_of(part, row)])
+
+    columns: list[tables.Column[Row]] = [
+        *tables.SWEEP,
+        tables.Column("error [grey levels]", error),
+        tables.Column("diagnosis", lambda row: row.diagnosis),
     ]
-    titles = [title for title, cell in lines[0].items() if cell is not None]
-    lines += [{"": title, "bits/dim": f"{bits:.4f}"} for title, bits in summary.get("histograms", {}).items()]
-    note = (
-        "sharpness: Laplacian energy of reconstructions divided by that of the originals; sample noise: root mean "
-        "square distance of generated samples from their means, pixels on [0, 1]."
-    )
-    if summary["kind"] == Kind.DENSITY:
-        note = (
-            f"Densities at the pixel values k/{part.highest_level}, not likelihoods of images: as likelihoods, no "
-            f"model's ELBO can exceed {summary['rows'][0]['bound']:.1f} nats. "
-        ) + note
-    if summary["rows"][0]["is_code"]:
-        note = "bits/dim: a bound on the code length of the grey levels, from the probabilities of each model. " + note
-    return table(titles, [[line.get(title) or "" for title in titles] for line in lines]) + "\n\n" + note
-
-
-def quality_table(quality: Mapping[str, Any]) -> str:
-    forms = {"classifier_frechet_distance": ".4g", "precision": ".4f", "recall": ".4f"}
-
-    def cell(row: Mapping[str, Any], name: str, form: str) -> str:
-        return f"{row[name]:{form}}" + (f"&nbsp;±&nbsp;{row[f'{name}_sd']:{form}}" if f"{name}_sd" in row else "")
-
-    rows = [[literal(row["row"]), *(cell(row, *each) for each in forms.items())] for row in quality["rows"]]
-    note = (
-        f"Features of a classifier trained here (test accuracy {quality['classifier_accuracy']:.4f}), "
-        f"{quality['num_images']} images of each against the test split; no FIDs."
-    )
-    return table(["", "classifier Frechet distance", "precision", "recall"], rows) + "\n\n" + note
+    summary = part.summary
+    return tables.markdown(columns, summary.rows, more=tables.histograms(summary), notes=tables.sweep_notes(summary))

@@ -24,8 +24,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import claims, command, hypersphere, page, quality, sigma_sweep, sweep
-from experiments.claims import Claim, Part
+from experiments import claims, command, hypersphere, page, quality, results, sigma_sweep, sweep
+from experiments.claims import Claim, Finished, Part
+from experiments.results import Quality, SphereSummary, Summary
 from lvae_jax import runs
 
 Config = hypersphere.Config | sweep.Config
@@ -154,25 +155,29 @@ def command_line(config: Config) -> str:
     return " ".join([f"python -m experiments.{name}", *given])
 
 
-def read_parts(scale: str, path: Path) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
+def read_parts(scale: str, path: Path) -> Finished:
     """The scale's finished parts, and the quality of their images where it was measured."""
-    parts, judged = {}, {}
-    for name in SCALES[scale]:
-        if not (path / name / "summary.json").exists():
+    sphere, sweeps, quality = None, {}, {}
+    for name, config in SCALES[scale].items():
+        summary, judged = path / name / "summary.json", path / name / "quality.json"
+        if not summary.exists():
             continue
-        parts[name] = Part(runs.read_json(path / name / "summary.json"), runs.read_curves(path / name))
-        if (path / name / "quality.json").exists():
-            judged[name] = runs.read_json(path / name / "quality.json")
-    return parts, judged
+        if isinstance(config, hypersphere.Config):
+            sphere = results.read(summary, SphereSummary)
+        else:
+            sweeps[name] = Part(results.read(summary, Summary), runs.read_curves(path / name))
+        if judged.exists():
+            quality[name] = results.read(judged, Quality)
+    return Finished(sphere, sweeps, quality)
 
 
 def write_report(scale: str, path: Path, echo: Callable[[str], None]) -> list[Claim]:
     """Writes report.md, figures/ and report.html from the parts that are finished; returns the claims."""
-    parts, judged = read_parts(scale, path)
-    found = claims.all_claims(parts, judged)
-    figures = page.figures(path, parts)
+    finished = read_parts(scale, path)
+    found = claims.all_claims(finished)
+    figures = page.figures(path, page.names(finished))
     commands = {name: command_line(config) for name, config in SCALES[scale].items()}
-    text = page.compose(scale, found, parts, judged, commands=commands, times=read_times(path))
+    text = page.compose(scale, found, finished, commands=commands, times=read_times(path))
     for name, png in figures.items():
         runs.replace(path / name, functools.partial(Path.write_bytes, data=png))
     runs.replace(path / "report.md", functools.partial(Path.write_text, data=text))

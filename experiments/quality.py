@@ -10,7 +10,6 @@ The numbers belong to this classifier: they compare the rows of a table, and are
 """
 
 import functools
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,8 @@ import optax
 from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from experiments import command, domains, report, sweep
+from experiments import command, domains, report, results, sweep, tables
+from experiments.results import Member, Quality, Realism, Summary
 from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
 
@@ -129,9 +129,8 @@ def run(
     data_dir: str | None = None,
     manual_dir: str | None = None,
     echo: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Scores a finished run of `sigma_sweep` on images with labels, or reports its scores again; returns what
-    RUN/quality.json holds.
+) -> Quality:
+    """Scores a finished run of `sigma_sweep` on images with labels, or reports the scores in RUN/quality.json again.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say; nothing has been written then.
@@ -147,9 +146,9 @@ def run(
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / "quality.json"
     if file.exists():
-        quality = runs.read_json(file)
-        if quality.get("classifier_steps") != classifier_steps:
-            steps = quality.get("classifier_steps")
+        quality = results.read(file, Quality)
+        if quality.classifier_steps != classifier_steps:
+            steps = quality.classifier_steps
             raise command.UsageError(
                 f"{file} was made with --classifier_steps={steps}: give the same, or move the file"
             )
@@ -166,47 +165,45 @@ def run(
     )
     test = np.asarray(to_float(dataset.test))
     against_test = functools.partial(score, classifier.features, classifier.features(test))
-    rows: list[dict[str, Any]] = [
-        {"row": "training images"} | against_test(np.asarray(to_float(dataset.train[: len(test)])))
-    ]
-    for title, part in report.by_row(summary["members"]).items():
-        pairs = [drawn[member["group"]](len(test)) for member in part]
+    rows = [Realism(row="training images", **against_test(np.asarray(to_float(dataset.train[: len(test)]))))]
+    for title, part in report.by_row(summary.members).items():
+        pairs = [drawn[member.group](len(test)) for member in part]
         for kind, of_members in zip(("samples", "means"), zip(*pairs, strict=True), strict=True):
             scores = [against_test(generated) for generated in of_members]
             columns = {name: [values[name] for values in scores] for name in scores[0]}
             mean = {name: float(np.mean(values)) for name, values in columns.items()}
             several = columns if len(scores) > 1 else {}
             spread = {f"{name}_sd": float(np.std(values, ddof=1)) for name, values in several.items()}
-            rows.append({"row": f"{title}: {kind}", **mean, **spread})
-    quality = {
-        "rows": rows,
-        "num_images": len(test),
-        "num_seeds": config.num_seeds,
-        "classifier_accuracy": float(np.mean(classifier.classify(test) == test_labels)),
-        "classifier_steps": classifier_steps,
-    }
-    runs.write_json(file, quality)
+            rows.append(Realism(row=f"{title}: {kind}", **mean, **spread))
+    quality = Quality(
+        rows=rows,
+        num_images=len(test),
+        num_seeds=config.num_seeds,
+        classifier_accuracy=float(np.mean(classifier.classify(test) == test_labels)),
+        classifier_steps=classifier_steps,
+    )
+    runs.write_json(file, quality.to_json())
     echo(table(quality))
     return quality
 
 
-def generators(path: Path, config: sweep.Config, summary: dict[str, Any]) -> dict[str, Callable[[int], Generated]]:
+def generators(path: Path, config: sweep.Config, summary: Summary) -> dict[str, Callable[[int], Generated]]:
     """Functions of N, one for each trained member by the name of its group, that draw N samples x ~ p(x|z), z ~ p(z),
     and return them with the means of p(x|z).
 
     Raises:
       runs.RunError: a checkpoint is missing or damaged.
     """
-    shape = tuple(summary["shape"])
+    shape = tuple(summary.shape)
 
     def program(variant: str) -> Callable[..., tuple[Array, ...]]:
         vae = sweep.trained_vae(config, variant, shape)
         return jax.jit(lambda key, params: vae_lib.generate(key, vae, params, num_samples=CHUNK)[:2])
 
-    def generator(draw: Callable[..., tuple[Array, ...]], member: dict[str, Any]) -> Callable[[int], Generated]:
-        weights = sweep.restore(path, config, member["group"], member["variant"], shape)
+    def generator(draw: Callable[..., tuple[Array, ...]], member: Member) -> Callable[[int], Generated]:
+        weights = sweep.restore(path, config, member.group, member.variant, shape)
         params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
-        key = datasets.stream_key(member["seed"], datasets.Stream.QUALITY)
+        key = datasets.stream_key(member.seed, datasets.Stream.QUALITY)
 
         def generate_many(num_samples: int) -> Generated:
             keys = [jax.random.fold_in(key, chunk) for chunk in range(-(-num_samples // CHUNK))]
@@ -217,28 +214,12 @@ def generators(path: Path, config: sweep.Config, summary: dict[str, Any]) -> dic
         return generate_many
 
     programs = {variant: program(variant) for variant in config.variants}
-    return {member["group"]: generator(programs[member["variant"]], member) for member in summary["members"]}
+    return {member.group: generator(programs[member.variant], member) for member in summary.members}
 
 
-def table(quality: dict[str, Any]) -> str:
+def table(quality: Quality) -> str:
     """The scores as a table with a note."""
-    several = quality["num_seeds"] > 1
-
-    def cell(row: dict[str, Any], name: str, form: str) -> str:
-        spread = f" +- {row[f'{name}_sd']:{form}}" if f"{name}_sd" in row else ""
-        return f"{row[name]:{form}}{spread}".rjust(23 if several else 14)
-
-    forms = {"classifier_frechet_distance": ".4g", "precision": ".4f", "recall": ".4f"}
-    rows = [f"{row['row']:32}" + "".join(cell(row, *each) for each in forms.items()) for row in quality["rows"]]
-    seeds = f"mean +- standard deviation over {quality['num_seeds']} seeds" if several else "of one seed"
-    note = (
-        f"Against the test split, {quality['num_images']} images of each, {seeds}. samples: x ~ p(x|z), z ~ p(z), "
-        "clipped to [0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and FD: Frechet distance, all of the "
-        "features of a classifier trained on this data set's labels, test accuracy "
-        f"{quality['classifier_accuracy']:.4f}: it is no FID, and compares only within this table."
-    )
-    titles = "".join(title.rjust(23 if several else 14) for title in ("classifier FD", "precision", "recall"))
-    return "\n".join([" " * 32 + titles, *rows, textwrap.fill(note, 118)])
+    return tables.text(tables.REALISM, quality.rows, notes=tables.realism_notes(quality))
 
 
 def define_flags() -> None:

@@ -22,22 +22,10 @@ import tqdm
 from absl import flags
 
 from experiments import command, domains, hosts, loop, options, report, sweep
-from experiments.report import POINTS
-from experiments.sweep import (
-    Config,
-    configure,
-    data_options,
-)
+from experiments.results import POINTS, Member, Row, Summary
+from experiments.sweep import Config, configure, data_options
 from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
-from lvae_jax import (
-    celeba,
-    datasets,
-    diagnostics,
-    evaluation,
-    figures,
-    runs,
-    training,
-)
+from lvae_jax import celeba, datasets, diagnostics, evaluation, figures, runs, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.evaluation import Kind
 
@@ -53,8 +41,8 @@ def run(
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
     echo: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Runs, resumes or reports the sweep; returns what summary.json holds.
+) -> Summary:
+    """Runs, resumes or reports the sweep.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
@@ -65,14 +53,14 @@ def run(
     if celeba_dir is not None:
         config = config._replace(celeba_files=celeba.fingerprint(celeba_dir))
 
-    def compute(path: Path) -> dict[str, Any]:
+    def compute(path: Path) -> Summary:
         record = imported_record(config, path)
         dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
         runs.make_run(path, config._asdict())
         return train_all(config, path, dataset, record, echo)
 
     name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
-    return command.run(config, name, run_dir, compute=compute, table=report.table, echo=echo)
+    return command.run(config, name, run_dir, Summary, compute=compute, table=report.table, echo=echo)
 
 
 def check(config: Config, **places: Any) -> None:
@@ -159,7 +147,7 @@ def imported_record(config: Config, path: Path) -> Record | None:
 
 def train_all(
     config: Config, path: Path, dataset: datasets.Dataset, record: Record | None, echo: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Summary:
     """Trains and evaluates every variant, echoes its results when it is done, and draws the figures; returns the
     summary.
 
@@ -172,9 +160,9 @@ def train_all(
         keep_record(path, record)
     check_checkpoints(config, path, programs)
     kind = kind_of(config)
-    members: list[dict[str, Any]] = []
+    members: list[Member] = []
     panels: list[figures.Panel] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     trained: vae_lib.Params | None = None  # of the leader
     quiet = jax.process_index() != 0
     num_members = config.num_seeds * sum(len(config.sigma) if VARIANTS[variant].swept else 1 for variant in order)
@@ -185,7 +173,7 @@ def train_all(
             bar.set_description(VARIANTS[variant].title)
             begin = trained if VARIANTS[variant].after_leader else None
             groups = sweep.groups(config, variant, record, trained=begin)
-            errors = {member["seed"]: member["mse"] for member in members if member["variant"] == LEADER}
+            errors = {member.seed: member.mse for member in members if member.variant == LEADER}
             done = train_variant(config, path, variant, groups, programs[variant], dataset, train, errors, bar)
             if VARIANTS[variant].leads:
                 record, trained = done.record, done.weights
@@ -241,7 +229,7 @@ class Trained(NamedTuple):
     """The results of a variant. members, panels: see `evaluate`, the panels of the first seed; record: sigma(t) of all
     members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with them, else None."""
 
-    members: list[dict[str, Any]]
+    members: list[Member]
     panels: list[figures.Panel]
     record: Record
     weights: vae_lib.Params | None
@@ -264,7 +252,7 @@ def train_variant(
     Raises:
       runs.RunError: a checkpoint is damaged, or training diverged.
     """
-    members: list[dict[str, Any]] = []
+    members: list[Member] = []
     panels: list[figures.Panel] = []
     records: list[Record] = []
     weights: list[vae_lib.Params] = []
@@ -275,7 +263,7 @@ def train_variant(
         group_members, group_panels = evaluate(config, variant, group, programs, states, dataset, errors)
         if continued and VARIANTS[variant].leads:
             weights.append(jax.device_get(states.weights))
-        sigmas[:, -1] = [member["sigma_max"] for member in group_members]
+        sigmas[:, -1] = [member.sigma_max for member in group_members]
         records.append(sigmas)
         members += group_members
         panels += [panel for seed, panel in zip(group.seeds, group_panels, strict=True) if seed == config.seed]
@@ -283,32 +271,32 @@ def train_variant(
     return Trained(members, panels, np.concatenate(records), together)
 
 
-def summarise(
-    config: Config, dataset: datasets.Dataset, rows: list[dict[str, Any]], members: list[dict[str, Any]]
-) -> dict[str, Any]:
+def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], members: list[Member]) -> Summary:
     """The content of summary.json. Rows get the limits of the data, if these are known."""
-    summary: dict[str, Any] = {
-        "rows": rows,
-        "members": members,
-        "dataset": config.dataset,
-        "shape": list(dataset.shape),
-        "levels": dataset.levels,
-        "kind": POINTS if dataset.levels is None else kind_of(config),
-        "num_dimensions": math.prod(dataset.shape),
-        "latent_size": config.latent_size,
-        "num_test_examples": len(dataset.test),
-        "num_importance_samples": config.num_importance_samples,
-        "num_evidence_examples": NUM_EVIDENCE_EXAMPLES,
-        "histograms": {} if dataset.levels is None else histograms(dataset),
-        "unit": dataset.unit,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
     domain = domains.of(config.dataset)
     if domain.log_prob is not None:
         log_prob = np.concatenate([domain.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
-        report.add_toys_limits(rows, float(log_prob.mean()))
-    return summary | domain.limits(dataset)
+        rows = [report.with_limits(row, float(log_prob.mean())) for row in rows]
+    limits = domain.limits(dataset)
+    return Summary(
+        rows=rows,
+        members=members,
+        dataset=config.dataset,
+        shape=list(dataset.shape),
+        levels=dataset.levels,
+        kind=POINTS if dataset.levels is None else kind_of(config),
+        num_dimensions=math.prod(dataset.shape),
+        latent_size=config.latent_size,
+        num_test_examples=len(dataset.test),
+        num_importance_samples=config.num_importance_samples,
+        num_evidence_examples=NUM_EVIDENCE_EXAMPLES,
+        histograms={} if dataset.levels is None else histograms(dataset),
+        unit=dataset.unit,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        jax=jax.__version__,
+        entropy=limits.entropy,
+        true_measures=limits.true_measures,
+    )
 
 
 def histograms(dataset: datasets.Dataset) -> dict[str, float]:
@@ -334,7 +322,7 @@ def evaluate(
     states: training.TrainState,
     dataset: datasets.Dataset,
     errors: Mapping[int, float],
-) -> tuple[list[dict[str, Any]], list[figures.Panel]]:
+) -> tuple[list[Member], list[figures.Panel]]:
     """The final scores and diagnostics of each member on the whole test split, and its pictures of the first test
     examples. `errors` are the mean squared errors of the LS runs by seed, as far as there are any.
 
@@ -376,11 +364,18 @@ def evaluate(
         relative = None
         if VARIANTS[variant].sigma is Sigma.MAP and int(seed) in errors:
             relative = math.sqrt(final["mse"] / errors[int(seed)])
-        final["diagnosis"] = diagnostics.diagnosis(of_member, discretised=config.discretise, relative_error=relative)
         constant = VARIANTS[variant].sigma is Sigma.CONSTANT
         sigma = float(group.sigmas[index]) if constant else final["sigma_mean"]
-        place = {"group": group.name, "member": index}  # of its lines in metrics.jsonl
-        members.append({"variant": variant, "sigma": sigma, "seed": int(seed)} | final | place)
+        member = Member(
+            variant=variant,
+            sigma=sigma,
+            seed=int(seed),
+            group=group.name,
+            member=index,
+            diagnosis=diagnostics.diagnosis(of_member, discretised=config.discretise, relative_error=relative),
+            **final,
+        )
+        members.append(member)
         title = f"{VARIANTS[variant].title}, sigma = {sigma:.3g}"
         drawn = slice(domain.num_in_panels)
         panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import domains, loop
+from experiments import domains, loop, results
 from experiments.options import Option, Range, at_least, from_none_to, positive
+from experiments.results import Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, runs, training
 from lvae_jax import vae as vae_lib
@@ -312,7 +313,7 @@ def half_way(config: Config) -> int:
     return max(1, config.num_steps // 2)
 
 
-def read_run(path: Path) -> tuple[Config, dict[str, Any]]:
+def read_run(path: Path) -> tuple[Config, Summary]:
     """The config and the summary of a finished run.
 
     Raises:
@@ -323,9 +324,7 @@ def read_run(path: Path) -> tuple[Config, dict[str, Any]]:
         raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
     if not (path / "summary.json").exists():
         raise runs.RunError(f"{path} holds an unfinished run: repeat its command, which finishes it")
-    summary = runs.read_json(path / "summary.json")
-    if not {"members", "shape", "unit"} <= summary.keys():
-        raise runs.RunError(f"{path / 'summary.json'} is of an older version: repeat the run in another --run_dir")
+    summary = results.read(path / "summary.json", Summary)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     return Config._make(values[name] for name in Config._fields), summary
 

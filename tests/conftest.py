@@ -4,12 +4,14 @@ Only scalars broadcast without being told to: an accidental [B] against [B, B] i
 """
 
 import ast
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,9 +91,18 @@ def plain_sweep():
     from experiments import report
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw", "add_toys_limits"):
-            patch.setattr(report, name, lambda *arguments, **options: None)
+        patch.setattr(report, "draw", lambda *arguments, **options: None)
+        patch.setattr(report, "with_limits", lambda row, test_log_prob: row)
         yield
+
+
+def filled(kind, /, **given):
+    """A result of this kind with the `given` fields, and with zeros and empty values in all others that it needs."""
+    empty = {str: "", float: 0.0, int: 0}
+    types = typing.get_type_hints(kind)
+    fields, none = dataclasses.fields(kind), dataclasses.MISSING
+    needed = [field.name for field in fields if field.default is none and field.default_factory is none]
+    return kind(**{name: empty.get(types[name], []) for name in needed} | given)
 
 
 def call(module, words):

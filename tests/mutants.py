@@ -169,12 +169,12 @@ MUTANTS = [
     Mutant("noise_of_8_bits", LIKELIHOODS, "(_last_level(levels) * math", "(255.0 * math", "tests/test_levels.py"),
     Mutant("split_not_stratified", IMAGES, "np.arange(np.sum(labels == label))", "0", "tests/test_digits.py"),
     # The experiments, by tests of their parts
-    Mutant("sd_of_the_population", REPORT, "np.std(elbos, ddof=1)", "np.std(elbos)"),
-    Mutant("gap_s_sign", REPORT, 'test_log_prob - row["elbo"]', 'row["elbo"] - test_log_prob'),
+    Mutant("sd_of_the_population", REPORT, "for member in members], ddof=1))", "for member in members]))"),
+    Mutant("gap_s_sign", REPORT, "test_log_prob - row.elbo", "row.elbo - test_log_prob"),
     Mutant("bonferroni_for_holm", STATISTICS, "np.arange(len(values), 0, -1)", "np.full(len(values), len(values))"),
     Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
     Mutant("not_in_grey_levels", CLAIMS, "highest * math.sqrt(np.mean(", "math.sqrt(np.mean("),
-    Mutant("seeds_not_paired", CLAIMS, 'sorted(chosen, key=lambda member: member["seed"])', "chosen"),
+    Mutant("seeds_not_paired", CLAIMS, "sorted(chosen, key=lambda member: member.seed)", "chosen"),
     Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs)", "recall(theirs, real)", SCORE),
     Mutant("row_of_the_first_variant", SWEEP, "report.line(title, rows[-1])", "report.line(title, rows[0])", ROWS),
     # Flags that are not checked
@@ -212,7 +212,7 @@ MUTANTS = [
     Mutant("radius_of_noise", SPHERE, "x in (pictures.sample_means,", "x in (pictures.samples,", TRAINED_RADIUS),
     Mutant("last_images_dropped", CRITICAL, "(0, size, CHUNK,", "(0, size - CHUNK + 1, CHUNK,", FAKE_IMAGES),
     Mutant("run_of_any_files", CRITICAL, "config = config._replace(", "config._replace(", ITS_FILES),
-    Mutant("first_member_for_all", GENERATE, 'index=member["member"]: leaf', "index=0: leaf", WEIGHTS),
+    Mutant("first_member_for_all", GENERATE, "index=member.member: leaf", "index=0: leaf", WEIGHTS),
     Mutant("means_for_samples", GENERATE, 'arrays = {"samples": samples,', 'arrays = {"samples": means,', MOMENTS),
     Mutant("chunks_alike", QUALITY, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),
 ]

@@ -1,11 +1,14 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from conftest import filled
 from scipy import stats
 
 from experiments import claims, statistics
-from experiments.claims import Part
+from experiments.claims import Finished, Part
+from experiments.results import Member, Quality, Realism, SphereMember, SphereSummary, Summary, ToyMeasures
 
 RNG = np.random.default_rng(0)
 SEEDS = 10
@@ -53,7 +56,7 @@ def toy_part(change=None):
             member["band_widths"] = TRUE["band_widths"] if variant == "lv" else [0.06, 0.05, 0.07]
             if change is not None:
                 change(member)
-            members.append(member)
+            members.append(filled(Member, **member))
             start = -1e4 if sigma == 0.01 else -2.0
             log_likelihood = np.linspace(start, 2.5, 100)
             curve = -2.0 * np.log(sigma_of_t(seed)) + common[seed] + (0.1 * own)
@@ -63,31 +66,42 @@ def toy_part(change=None):
                 "elbo": curve,
                 "sigma_mean": sigma_of_t(seed),
             }
-    return Part({"members": members, "true_measures": TRUE, "num_dimensions": 2, "entropy": 0.4}, metrics)
+    true = ToyMeasures(**TRUE)
+    return Part(filled(Summary, members=members, true_measures=true, num_dimensions=2, entropy=0.4), metrics)
 
 
-def sphere_part(radius_at):
+def sphere(radius_at):
     members = [
-        {
-            "variant": "f",
-            "dim": dim,
-            "seed": 0,
-            "sigma": 2.0 * relative / math.sqrt(dim),
-            "relative_sigma": relative,
-            "exact_radius": (exact := 2.0 * math.sqrt(max(1.0 - relative**2, 0.0))),
-            "radius": radius_at(relative, exact),
-        }
+        filled(
+            SphereMember,
+            variant="f",
+            dim=dim,
+            sigma=2.0 * relative / math.sqrt(dim),
+            relative_sigma=relative,
+            exact_radius=(exact := 2.0 * math.sqrt(max(1.0 - relative**2, 0.0))),
+            radius=radius_at(relative, exact),
+        )
         for dim in (2, 10)
         for relative in (0.3, 0.7, 0.9, 1.1)
     ]
-    return Part({"members": members}, {})
+    return filled(SphereSummary, members=members)
 
 
 def image_part(lv_elbo=2000.0, f_noise=0.7, lv_noise=0.04, lv_mse=1e-4, lv_code=-800.0, star=1600.0):
     seeds = range(4)
     members = [
-        {"variant": variant, "sigma": 0.7071, "seed": seed, "elbo": elbo, "mse": mse, "sample_noise": noise}
-        | {"group": variant, "member": seed, "code_elbo": code}
+        filled(
+            Member,
+            variant=variant,
+            sigma=0.7071,
+            seed=seed,
+            elbo=elbo,
+            mse=mse,
+            sample_noise=noise,
+            group=variant,
+            member=seed,
+            code_elbo=code,
+        )
         for variant, elbo, mse, noise, code in (
             ("f", -475.0, 0.02, f_noise, -950.0),
             ("ls", 1000.0, 1e-3, 0.03, -850.0),
@@ -100,32 +114,32 @@ def image_part(lv_elbo=2000.0, f_noise=0.7, lv_noise=0.04, lv_mse=1e-4, lv_code=
     metrics = {
         ("ls", seed): {"sigma_mean": sigma_of_t(seed), "elbo": -784 * np.log(sigma_of_t(seed))} for seed in seeds
     }
-    return Part({"members": members, "shape": [28, 28, 1], "num_dimensions": 784}, metrics)
+    return Part(filled(Summary, members=members, shape=[28, 28, 1], num_dimensions=784, levels=256), metrics)
 
 
 def image_quality(f_means=5.0, f_samples=50.0, lv_means=10.0):
     values = {"F-VAE, sigma = 0.7071: samples": f_samples, "F-VAE, sigma = 0.7071: means": f_means}
     values |= {"LV-VAE: samples": 12.0, "LV-VAE: means": lv_means}
-    return {"rows": [{"row": row, "classifier_frechet_distance": value} for row, value in values.items()]}
+    rows = [filled(Realism, row=row, classifier_frechet_distance=value) for row, value in values.items()]
+    return filled(Quality, rows=rows)
 
 
-def verdicts(parts, quality=None):
-    return {claim.name: claim.verdict for claim in claims.all_claims(parts, quality or {})}
+def verdicts(**found):
+    return {claim.name: claim.verdict for claim in claims.all_claims(Finished(**found))}
 
 
 def test_numbers_that_tell_the_paper_s_story_make_every_claim_hold():
-    parts = {"sphere": sphere_part(lambda relative, exact: exact), "toy": toy_part(), "mnist": image_part()}
-    parts["mnist_codes"] = image_part()
-    found = claims.all_claims(parts, {"mnist": image_quality()})
-    for claim in found:
+    parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()}
+    found = Finished(sphere(lambda relative, exact: exact), parts, {"mnist": image_quality()})
+    for claim in claims.all_claims(found):
         assert all(check.holds for check in claim.checks), claim
         assert claim.verdict == "holds"
 
 
 def test_what_was_not_run_has_no_verdict():
-    assert set(verdicts({}).values()) == {"not run"}
-    assert verdicts({"sphere": sphere_part(lambda relative, exact: exact)}) == {
-        name: "holds" if name == "C1" else "not run" for name in verdicts({})
+    assert set(verdicts().values()) == {"not run"}
+    assert verdicts(sphere=sphere(lambda relative, exact: exact)) == {
+        name: "holds" if name == "C1" else "not run" for name in verdicts()
     }
 
 
@@ -150,7 +164,7 @@ def test_a_claim_with_an_undecided_check_does_not_hold_whole():
     ],
 )
 def test_c1_tells_where_theorem_1_fails(radius_at, holds):
-    assert [check.holds for check in claims.c1(sphere_part(radius_at))] == holds
+    assert [check.holds for check in claims.c1(sphere(radius_at))] == holds
 
 
 @pytest.mark.parametrize(
@@ -226,7 +240,8 @@ def test_jumps_that_all_runs_have_at_one_time_are_no_evidence():
 def test_the_coincidence_of_jumps_is_judged_by_permutations_of_the_runs():
     part = image_part()  # four runs, of 24 orders of which one is right
     assert claims.sigma_jumps(part).p == pytest.approx(1 / 24, rel=0.15)
-    few = Part(part.summary | {"members": [m for m in part.summary["members"] if m["seed"] < 3]}, part.metrics)
+    members = [member for member in part.summary.members if member.seed < 3]
+    few = part._replace(summary=dataclasses.replace(part.summary, members=members))
     assert claims.sigma_jumps(few) == claims.Jumps([2, 2, 2]), "six orders can show nothing at 5 %"
     assert [check.holds for check in claims.c5({"mnist": few})] == [True, None]
 
@@ -300,5 +315,6 @@ def test_poor_optima_are_those_far_below_the_best():
 
 
 def test_members_are_paired_by_seed_in_any_order():
-    members = [{"variant": "f", "sigma": 0.1, "seed": seed, "elbo": float(seed)} for seed in (2, 0, 1)]
-    np.testing.assert_array_equal(Part({"members": members}, {}).values("elbo", "f"), [0.0, 1.0, 2.0])
+    members = [filled(Member, variant="f", sigma=0.1, seed=seed, elbo=float(seed)) for seed in (2, 0, 1)]
+    part = Part(filled(Summary, members=members), {})
+    np.testing.assert_array_equal(part.values("elbo", "f"), [0.0, 1.0, 2.0])

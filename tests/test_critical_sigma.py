@@ -1,5 +1,6 @@
 """Where a fixed sigma stops a decoder from learning: the exact limit, linear VAEs trained to it, and the experiment."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import call, run_command
+from conftest import call, filled, run_command
 
 from experiments import command, critical_sigma, sigma_sweep
+from experiments.results import Row
 from lvae_jax import datasets, diagnostics, likelihoods, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.networks import Decoder, Encoder
@@ -122,25 +124,25 @@ def test_critical_sigma_of_the_toy(tmp_path):
     exact = np.sqrt([np.pi**2 / 3.0 + noise, 0.5 + noise])
     # The square of a uniform variable on (-pi, pi) has variance 4 pi^4 / 45, that of the cosine 1/8.
     errors = np.sqrt([4.0 * np.pi**4 / 45.0, 0.125]) / np.sqrt(n) / (2.0 * exact)
-    assert np.all(np.abs(summary["principal_stddevs"] - exact) < 4.5 * errors)
-    assert summary["critical_sigma"] == summary["principal_stddevs"][0]
-    assert [row["directions"] for row in summary["rows"]] == [2, 1, 0]
+    assert np.all(np.abs(summary.principal_stddevs - exact) < 4.5 * errors)
+    assert summary.critical_sigma == summary.principal_stddevs[0]
+    assert [row.directions for row in summary.rows] == [2, 1, 0]
     expected = theory.linear_best_elbo(
-        np.array([0.5, 1.0, 3.0]), np.array(summary["principal_stddevs"]), num_dimensions=2, latent_size=2
+        np.array([0.5, 1.0, 3.0]), np.array(summary.principal_stddevs), num_dimensions=2, latent_size=2
     )
-    np.testing.assert_allclose([row["linear_elbo"] for row in summary["rows"]], expected)
-    assert summary["num_examples"] == n
-    assert f"critical sigma: {summary['critical_sigma']:.4g}, unit: toy length" in text
+    np.testing.assert_allclose([row.linear_elbo for row in summary.rows], expected)
+    assert summary.num_examples == n
+    assert f"critical sigma: {summary.critical_sigma:.4g}, unit: toy length" in text
     # The coordinates are uncorrelated, of different variances.
-    assert summary["correlation"] == pytest.approx(1.0, abs=0.01)
+    assert summary.correlation == pytest.approx(1.0, abs=0.01)
     said = " ".join(text.split())
-    assert summary["mean_sigma"] == pytest.approx(np.sqrt(np.mean(exact**2)), rel=0.01)
+    assert summary.mean_sigma == pytest.approx(np.sqrt(np.mean(exact**2)), rel=0.01)
     assert "root of the mean variance. It does not stay there" in said
-    assert f"by chance, independent dimensions have {summary['chance']:.4g}. It can stay there" in said
-    old = {name: value for name, value in summary.items() if name != "correlation"}
+    assert f"by chance, independent dimensions have {summary.chance:.4g}. It can stay there" in said
+    old = dataclasses.replace(summary, correlation=None)
     assert "stay there" not in critical_sigma.table(old), "a run from before it was computed"
     assert (tmp_path / "run" / "figures" / "directions.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary.to_json()
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +173,18 @@ def test_fake_images_beside_trained_vaes(fake_sweep, tmp_path):
     train = datasets.load("mnist", fake_data=True).train
     pixels = np.float64(train.reshape(len(train), -1)) / 255.0
     variances = np.linalg.eigvalsh(np.cov(pixels.T, bias=True))[::-1]
-    assert summary["critical_sigma"] == pytest.approx(np.sqrt(variances[0]), rel=1e-5)
-    assert summary["num_examples"] == len(train)
-    assert summary["num_dimensions"] == 784
-    assert summary["unit"] == "pixel on [0, 1]"
-    rows = summary["rows"]
-    assert [row["sigma"] for row in rows] == [0.1, 0.5, 5.0], "those of the table and those of the sweep"
-    assert [row["directions"] for row in rows] == [int(np.sum(variances > sigma**2)) for sigma in (0.1, 0.5, 5.0)]
-    assert "trained_elbo" not in rows[0]
-    for row, theirs in zip(rows[1:], sweep["rows"], strict=True):
+    assert summary.critical_sigma == pytest.approx(np.sqrt(variances[0]), rel=1e-5)
+    assert summary.num_examples == len(train)
+    assert summary.num_dimensions == 784
+    assert summary.unit == "pixel on [0, 1]"
+    rows = summary.rows
+    assert [row.sigma for row in rows] == [0.1, 0.5, 5.0], "those of the table and those of the sweep"
+    assert [row.directions for row in rows] == [int(np.sum(variances > sigma**2)) for sigma in (0.1, 0.5, 5.0)]
+    assert rows[0].trained_elbo is None
+    for row, theirs in zip(rows[1:], sweep.rows, strict=True):
         for name in ("elbo", "elbo_sd", "active_units", "active_directions", "num_seeds"):
-            assert row[f"trained_{name}"] == theirs[name]
-        assert f"{theirs['elbo']:.4f}" in text
+            assert getattr(row, f"trained_{name}") == getattr(theirs, name)
+        assert f"{theirs.elbo:.4f}" in text
 
 
 def test_finished_run_is_of_its_files(tmp_path):
@@ -194,7 +196,7 @@ def test_finished_run_is_of_its_files(tmp_path):
     config = critical_sigma.Config(dataset="celeb_a", image_size=8)
     places = {"data_dir": str(tmp_path / "data"), "celeba_dir": str(folder)}
     summary, _ = compute(config, tmp_path / "run", **places)
-    assert summary["num_examples"] == 3
+    assert summary.num_examples == 3
     assert compute(config, tmp_path / "run", **places)[0] == summary
     (folder / "000003.jpg").unlink()
     with pytest.raises(runs.RunError, match=r"celeba_files was .*: give another `path`"):
@@ -203,10 +205,10 @@ def test_finished_run_is_of_its_files(tmp_path):
 
 def test_default_sigmas(tmp_path, monkeypatch):
     summary, first = compute(FAKE, tmp_path / "run")
-    sigmas = [row["sigma"] for row in summary["rows"]]
-    assert sigmas[-1] == pytest.approx(summary["critical_sigma"])
+    sigmas = [row.sigma for row in summary.rows]
+    assert sigmas[-1] == pytest.approx(summary.critical_sigma)
     np.testing.assert_allclose(np.diff(np.log(sigmas)), np.log(100.0) / 11.0, rtol=1e-6)
-    directions = [row["directions"] for row in summary["rows"]]
+    directions = [row.directions for row in summary.rows]
     assert directions == sorted(directions, reverse=True)
     monkeypatch.delattr(critical_sigma, "measure")
     again, second = compute(FAKE, tmp_path / "run")
@@ -224,7 +226,11 @@ def test_default_sigmas(tmp_path, monkeypatch):
         (FAKE._replace(fake_data=False), {}, "made with --fake_data=True, give the same here"),
         (FAKE, {"flags": {"celeba_files": "others"}}, "made with --celeba_files=others, give the same here"),
         (FAKE, {"summary": {"kind": "discretised"}}, "its ELBOs are not of the data's density"),
-        (FAKE, {"summary": {"rows": [{"variant": "ls"}]}}, "has no F-VAE, run its command with f in --variants"),
+        (
+            FAKE,
+            {"summary": {"rows": [filled(Row, variant="ls").to_json()]}},
+            "has no F-VAE, run its command with f in --variants",
+        ),
         (FAKE, {"summary": None}, "no finished run there"),
         (FAKE, {"flags": None}, "cannot be read"),
     ],

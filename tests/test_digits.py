@@ -44,21 +44,21 @@ def test_defaults_are_small():
 
 def test_rates_are_of_17_levels(sweep):
     _, summary, lines = sweep
-    assert (summary["levels"], summary["kind"]) == (17, "density")
-    for row in summary["rows"]:
-        assert row["bound"] == pytest.approx(64 * math.log(17))
-        assert row["bits_per_dimension"] == pytest.approx(-row["code_elbo"] / (64 * math.log(2)))
-    assert [round(bits, 4) for bits in summary["histograms"].values()] == [2.4231, 2.9764]
+    assert (summary.levels, summary.kind) == (17, "density")
+    for row in summary.rows:
+        assert row.bound == pytest.approx(64 * math.log(17))
+        assert row.bits_per_dimension == pytest.approx(-row.code_elbo / (64 * math.log(2)))
+    assert [round(bits, 4) for bits in summary.histograms.values()] == [2.4231, 2.9764]
     assert "k/16, not likelihoods" in " ".join(lines)
 
 
 def test_each_row_is_printed_when_it_is_done(sweep):
     _, summary, lines = sweep
     titles = ["F-VAE, sigma = 0.7071", "LS-VAE, sigma = ", "LV-VAE, sigma = "]
-    for line, title, row in zip(lines, titles, summary["rows"], strict=False):
+    for line, title, row in zip(lines, titles, summary.rows, strict=False):
         assert line.startswith(title)
-        assert f"ELBO {row['elbo']:.4f} nats" in line
-        assert line.endswith(row["diagnosis"])
+        assert f"ELBO {row.elbo:.4f} nats" in line
+        assert line.endswith(row.diagnosis)
     assert len(lines) == 5, "three rows, the table, where everything is"
 
 
@@ -79,15 +79,15 @@ def test_generate_takes_grey_levels(sweep, tmp_path):
 def test_quality_knows_the_labels(sweep):
     run_dir, _, _ = sweep
     scores = quality.run(str(run_dir), classifier_steps=60, echo=lambda line: None)
-    assert scores["num_images"] == 364
-    assert scores["classifier_accuracy"] > 0.5, "a tenth, if labels and images did not belong together"
+    assert scores.num_images == 364
+    assert scores.classifier_accuracy > 0.5, "a tenth, if labels and images did not belong together"
 
 
 def test_critical_sigma(tmp_path):
     config = critical_sigma.Config(dataset="digits")
     summary = critical_sigma.run(config, run_dir=str(tmp_path / "run"), echo=lambda line: None)
     x = datasets.load("digits").train.reshape(1433, 64) / 16.0
-    assert summary["critical_sigma"] == pytest.approx(np.sqrt(np.linalg.eigvalsh(np.cov(x.T, bias=True))[-1]), rel=1e-4)
+    assert summary.critical_sigma == pytest.approx(np.sqrt(np.linalg.eigvalsh(np.cov(x.T, bias=True))[-1]), rel=1e-4)
 
 
 @pytest.mark.parametrize("option", [{"fake_data": True}, {"manual_dir": "."}])

@@ -152,7 +152,7 @@ def test_the_map_has_every_file_in_order():
 def test_the_manual_knows_the_table():
     """Its columns, and every variant with its title."""
     manual = text("docs/manual.md")
-    source = (ROOT / "experiments/report.py").read_text()
+    source = (ROOT / "experiments/tables.py").read_text()
     table = manual.partition("| column | meaning |")[2].partition("\n\n")[0]
     titles = [title for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)[1:] for title in row.split(", ")]
     assert len(titles) > 5

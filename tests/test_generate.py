@@ -71,21 +71,23 @@ def restored(run_dir, member):
     """The member's weights and model, by the programs that trained it."""
     config, _ = sweep.read_run(run_dir)
     dataset = datasets.load(config.dataset, **sweep.data_options(config))
-    model = sweep.model(config, member["variant"], dataset.shape)
+    model = sweep.model(config, member.variant, dataset.shape)
     programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
     file = run_dir / "ls_sigma.npy"
     record = np.load(file) if file.exists() else None
-    groups = sweep.groups(config, member["variant"], record)
-    group = next(group for group in groups if group.name == member["group"])
+    groups = sweep.groups(config, member.variant, record)
+    group = next(group for group in groups if group.name == member.group)
     states, _ = loop.start(run_dir, group, programs, num_steps=config.num_steps)
-    return jax.tree.map(lambda leaf: leaf[member["member"]], states.weights), model(
-        jnp.asarray(group.sigmas[member["member"]])
+    return jax.tree.map(lambda leaf: leaf[member.member], states.weights), model(
+        jnp.asarray(group.sigmas[member.member])
     )
 
 
 def members_of(run_dir, **wanted):
-    members = json.loads((run_dir / "summary.json").read_text())["members"]
-    return [member for member in members if all(member[name] == value for name, value in wanted.items())]
+    _, summary = sweep.read_run(run_dir)
+    return [
+        member for member in summary.members if all(getattr(member, name) == value for name, value in wanted.items())
+    ]
 
 
 def test_images_by_trained_weights(image_run, photos, tmp_path):
@@ -129,7 +131,7 @@ def test_command(image_run, photos, tmp_path):
     record = json.loads((tmp_path / "out" / "generated.json").read_text())
     assert record["files"] == ["lv-seed0", "lv-seed1"]
     assert (record["unit"], record["shape"], record["key_seed"]) == ("pixel on [0, 1]", [8, 8, 3], 5)
-    titles = [f"LV-VAE, sigma = {member['sigma']:.3g}, seed {member['seed']}" for member in members_of(image_run)]
+    titles = [f"LV-VAE, sigma = {member.sigma:.3g}, seed {member.seed}" for member in members_of(image_run)]
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == titles
     arrays = np.load(tmp_path / "out" / "lv-seed1.npz")
     assert arrays["samples"].shape == (10, 8, 8, 3)
@@ -160,7 +162,7 @@ def test_weights_are_those_that_the_summary_scored(toy):
         model = sweep.model(config, variant, (2,))
         programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
         scores, *_ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)
-        elbos = [member["elbo"] for member in members_of(toy, variant=variant)]
+        elbos = [member.elbo for member in members_of(toy, variant=variant)]
         np.testing.assert_allclose(scores.elbo.mean(axis=-1), elbos, rtol=1e-6)
 
 
@@ -175,9 +177,9 @@ def test_default_is_first_seed_of_every_row(toy, by_default):
     folder, record = toy / "generated", by_default
     variants = ("ls", "lv", "optimal", "f_star", "replay", "geometric", "kl_warmup")
     names = ["f-1.0-seed3", "f-0.1-seed3", *(f"{variant}-seed3" for variant in variants)]
-    assert record == json.loads((folder / "generated.json").read_text())
-    assert record["files"] == names
-    assert (record["unit"], record["shape"]) == ("toy length", [2])
+    assert record.to_json() == json.loads((folder / "generated.json").read_text())
+    assert record.files == names
+    assert (record.unit, record.shape) == ("toy length", [2])
     wanted = {f"{name}.{ending}" for name in names for ending in ("npz", "png")} | {"generated.json"}
     assert {file.name for file in folder.iterdir()} == wanted
     for name in names:
@@ -187,11 +189,11 @@ def test_default_is_first_seed_of_every_row(toy, by_default):
 
 def test_sigma_is_the_member_s(toy, by_default):
     record = np.load(toy / "ls_sigma.npy")
-    stddevs = {name: np.load(toy / "generated" / f"{name}.npz")["stddevs"] for name in by_default["files"]}
+    stddevs = {name: np.load(toy / "generated" / f"{name}.npz")["stddevs"] for name in by_default.files}
     for name, sigma in {
         "f-1.0-seed3": 1.0,
         "f-0.1-seed3": 0.1,
-        "ls-seed3": members_of(toy, variant="ls", seed=3)[0]["sigma"],
+        "ls-seed3": members_of(toy, variant="ls", seed=3)[0].sigma,
         "f_star-seed3": record[0, -1],
         "replay-seed3": record[0, -1],
     }.items():

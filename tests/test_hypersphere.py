@@ -1,16 +1,15 @@
 """The hypersphere experiment, end to end: its numbers beside Theorem 1's by scipy, and given nonsense."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import call, run_command
+from conftest import call, filled, run_command
 from scipy import optimize, special
 
-from experiments import command, hypersphere, loop
+from experiments import command, hypersphere, loop, results
+from experiments.results import SphereMember, SphereSummary
 from lvae_jax import datasets, likelihoods, networks, runs, theory
 from lvae_jax import vae as vae_lib
 
@@ -43,8 +42,8 @@ def theorem(sigma, radius, dim):
 def assert_not_better_than_theory(member, radius):
     """The spread of an ELBO is mostly that of |x - mu|^2 / (2 sigma^2), which lies between those of |mu| = radius of
     the outputs on the near and on the far side of the sphere."""
-    half_range = 2.0 * radius * member["posterior_radius"] / member["sigma"] ** 2
-    assert member["elbo"] < member["exact_elbo"] + 4.0 * half_range / np.sqrt(datasets.TEST_SIZE) + 1e-4
+    half_range = 2.0 * radius * member.posterior_radius / member.sigma**2
+    assert member.elbo < member.exact_elbo + 4.0 * half_range / np.sqrt(datasets.TEST_SIZE) + 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +58,28 @@ def small_run(tmp_path_factory):
 
 def test_command(small_run):
     run_dir, result = small_run
-    summary = json.loads((run_dir / "summary.json").read_text())
-    members = summary["members"]
-    assert [(m["dim"], m["variant"], m["seed"]) for m in members] == [(3, v, 3) for v in ("f", "f", "ls", "ls")]
+    summary = results.read(run_dir / "summary.json", SphereSummary)
+    members = summary.members
+    assert [(m.dim, m.variant, m.seed) for m in members] == [(3, v, 3) for v in ("f", "f", "ls", "ls")]
     critical = 2.0 / np.sqrt(3)
     for member in members:
-        sigma = member["sigma"]
+        sigma = member.sigma
         radius, elbo = theorem(sigma, 2.0, 3)
-        assert member["relative_sigma"] == pytest.approx(sigma / critical)
-        assert member["exact_radius"] == pytest.approx(radius, rel=1e-4)
-        assert member["exact_elbo"] == pytest.approx(elbo, rel=1e-4)
-        assert (member["exact_radius"] == 0.0) == (member["relative_sigma"] >= 1.0)
-        assert member["kl"] >= 0.0
-        assert member["elbo"] == pytest.approx(member["log_likelihood"] - member["kl"], abs=1e-3)
+        assert member.relative_sigma == pytest.approx(sigma / critical)
+        assert member.exact_radius == pytest.approx(radius, rel=1e-4)
+        assert member.exact_elbo == pytest.approx(elbo, rel=1e-4)
+        assert (member.exact_radius == 0.0) == (member.relative_sigma >= 1.0)
+        assert member.kl >= 0.0
+        assert member.elbo == pytest.approx(member.log_likelihood - member.kl, abs=1e-3)
         assert_not_better_than_theory(member, 2.0)
-        assert member["radius"] > 0.0
-        assert member["posterior_radius"] > 0.0
-    np.testing.assert_allclose([member["start"] for member in members], [0.3, 1.3, np.sqrt(3), 0.5])
-    np.testing.assert_allclose([member["relative_sigma"] for member in members[:2]], [0.3, 1.3], rtol=1e-6)
-    for row in summary["rows"]:
+        assert member.radius > 0.0
+        assert member.posterior_radius > 0.0
+    np.testing.assert_allclose([member.start for member in members], [0.3, 1.3, np.sqrt(3), 0.5])
+    np.testing.assert_allclose([member.relative_sigma for member in members[:2]], [0.3, 1.3], rtol=1e-6)
+    for row in summary.rows:
         for name in ("radius", "elbo", "exact_radius", "exact_elbo", "kl"):
-            assert f"{row[name]:.4f}" in result.stdout
-    assert len(summary["rows"]) == len(members)
+            assert f"{getattr(row, name):.4f}" in result.stdout
+    assert len(summary.rows) == len(members)
     assert f"for z ~ q(z|x) of {datasets.TEST_SIZE} test examples" in " ".join(result.stdout.split())
     assert "+-" not in result.stdout, "one seed has no spread"
     for name in ("objective", "radius"):
@@ -95,7 +94,7 @@ def test_finished_run_is_only_reported(small_run, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
     monkeypatch.delattr(hypersphere, "train_all")
     summary, text = compute(SMALL, run_dir)
-    assert summary == json.loads((run_dir / "summary.json").read_text())
+    assert summary == results.read(run_dir / "summary.json", SphereSummary)
     assert text.splitlines()[0] == f"{run_dir} is finished"
     assert hypersphere.table(summary) in first.stdout
     assert hypersphere.table(summary) in text
@@ -120,7 +119,7 @@ def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path, monkeypat
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.setattr(runs, "append_metrics", append)
     resumed, _ = compute(SMALL, tmp_path)
-    assert resumed["members"] == json.loads((small_run[0] / "summary.json").read_text())["members"]
+    assert resumed.members == results.read(small_run[0] / "summary.json", SphereSummary).members
     assert runs.read_metrics(tmp_path) == runs.read_metrics(small_run[0])
 
 
@@ -146,7 +145,7 @@ def test_every_sphere_is_trained(tmp_path, monkeypatch):
 
 def test_no_steps_draw_exact_figures(tmp_path):
     summary, text = compute(hypersphere.Config(num_steps=0), tmp_path / "run")
-    assert summary["rows"] == summary["members"] == []
+    assert summary.rows == summary.members == []
     assert "nothing was trained (--num_steps=0)" in text
     assert not (tmp_path / "run" / "checkpoints").exists()
     for name in ("objective", "radius"):
@@ -155,7 +154,7 @@ def test_no_steps_draw_exact_figures(tmp_path):
 
 @pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 3.0), (10, 3.0)])
 def test_curves_are_theorem_1_s(dim, radius):
-    member = {"dim": dim, "variant": "f", "relative_sigma": 0.5, "radius": 2.4, "elbo": -1.5}
+    member = filled(SphereMember, dim=dim, variant="f", relative_sigma=0.5, radius=2.4, elbo=-1.5)
     drawn = hypersphere.exact(dim, hypersphere.Config(radius=radius), [member])
     inner = drawn.sigma[::25]
     critical = radius / np.sqrt(dim)
@@ -176,29 +175,36 @@ def test_rows_are_numpy_s_means_over_seeds():
     rng = np.random.default_rng(0)
     names = ("sigma", "relative_sigma", "radius", "posterior_radius", "exact_radius", "elbo", "exact_elbo", "kl")
     members = [
-        {"dim": dim, "variant": variant, "seed": seed, "start": start}
-        | dict(zip(names, rng.normal(size=len(names)), strict=True))
+        filled(
+            SphereMember,
+            dim=dim,
+            variant=variant,
+            seed=seed,
+            start=start,
+            **dict(zip(names, rng.normal(size=len(names)), strict=True)),
+        )
         for dim in (2, 3)
         for variant, start in (("f", 0.5), ("f", 1.3), ("ls", 0.5))
         for seed in range(3)
     ]
     rows = hypersphere.rows(members)
-    assert [(row["dim"], row["variant"], row["start"]) for row in rows] == [
+    assert [(row.dim, row.variant, row.start) for row in rows] == [
         (dim, variant, start) for dim in (2, 3) for variant, start in (("f", 0.5), ("f", 1.3), ("ls", 0.5))
     ]
     for index, row in enumerate(rows):
         part = members[3 * index : 3 * index + 3]
-        assert row["num_seeds"] == 3
+        assert row.num_seeds == 3
         for name in names:
-            assert row[name] == pytest.approx(np.mean([member[name] for member in part]))
+            assert getattr(row, name) == pytest.approx(np.mean([getattr(member, name) for member in part]))
         for name in ("radius", "elbo"):
-            assert row[f"{name}_over_seeds_sd"] == pytest.approx(np.std([m[name] for m in part], ddof=1))
-    text = hypersphere.table({"rows": rows, "num_test_examples": 7})
+            expected = np.std([getattr(member, name) for member in part], ddof=1)
+            assert getattr(row, f"{name}_over_seeds_sd") == pytest.approx(expected)
+    text = hypersphere.table(filled(SphereSummary, rows=rows, num_test_examples=7))
     assert text.count("+-") == 2 * len(rows) + 1
     assert max(map(len, text.splitlines())) <= 118
     assert len({len(line) for line in text.splitlines()[: 1 + len(rows)]}) == 1, "columns are aligned"
     (alone,) = hypersphere.rows(members[:1])
-    assert alone["radius_over_seeds_sd"] == alone["elbo_over_seeds_sd"] == 0.0
+    assert alone.radius_over_seeds_sd == alone.elbo_over_seeds_sd == 0.0
 
 
 @pytest.mark.parametrize(
@@ -256,7 +262,7 @@ def test_command_ends_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_trained_radius(tmp_path):
     config = hypersphere.Config(dims=(2,), sigma=(0.3, 1.3), num_seeds=1, num_steps=1500)
-    members = compute(config, tmp_path / "run")[0]["members"]
+    members = compute(config, tmp_path / "run")[0].members
     below, above = members[:2]
     assert below["radius"] == pytest.approx(theorem(0.3 / np.sqrt(2.0), 1.0, 2)[0], rel=0.02)
     assert above["radius"] < 0.02

@@ -1,6 +1,5 @@
 """The real MNIST: needs its four archives, see conftest.py. No test here has parameters: a function is one test."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import results
+from experiments.results import Summary
 from lvae_jax import datasets, evaluation, images
 
 ROOT = Path(__file__).parents[1]
@@ -85,17 +86,17 @@ def test_sweep(mnist_dir, tmp_path):
     command = [sys.executable, "-m", "experiments.sigma_sweep", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num_test_examples"] == 10000
-    assert summary["num_dimensions"] == 784
-    assert summary["unit"] == "pixel on [0, 1]"
-    assert [round(bits, 4) for bits in summary["histograms"].values()] == [1.6888, 1.9673]
+    summary = results.read(tmp_path / "summary.json", Summary)
+    assert summary.num_test_examples == 10000
+    assert summary.num_dimensions == 784
+    assert summary.unit == "pixel on [0, 1]"
+    assert [round(bits, 4) for bits in summary.histograms.values()] == [1.6888, 1.9673]
     # An untrained LS-VAE: the mean near zero, and the density of the whole test split in closed form.
-    (ls,) = summary["rows"]
+    (ls,) = summary.rows
     x = np.asarray(datasets.to_float(datasets.load("mnist", data_dir=mnist_dir).test))
-    expected = -0.5 * 784 * np.log(2 * np.pi * ls["sigma"] ** 2) - 784 * ls["mse"] / (2 * ls["sigma"] ** 2)
-    assert ls["log_likelihood"] == pytest.approx(expected, rel=1e-4)
-    assert ls["mse"] == pytest.approx(float(jnp.mean(x**2)), rel=0.2)
+    expected = -0.5 * 784 * np.log(2 * np.pi * ls.sigma**2) - 784 * ls.mse / (2 * ls.sigma**2)
+    assert ls.log_likelihood == pytest.approx(expected, rel=1e-4)
+    assert ls.mse == pytest.approx(float(jnp.mean(x**2)), rel=0.2)
     assert (tmp_path / "figures" / "samples.png").stat().st_size > 10_000
 
 

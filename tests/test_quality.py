@@ -127,15 +127,15 @@ def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
         lambda *arguments, **options: quality.Classifier(corner, lambda x: classes(255 * x)),
     )
     result = run(run_dir)
-    assert json.loads((run_dir / "quality.json").read_text()) == result
-    assert (result["num_images"], result["num_seeds"], result["classifier_accuracy"]) == (128, 2, 1.0)
-    rows = {row.pop("row"): row for row in result["rows"]}
+    assert json.loads((run_dir / "quality.json").read_text()) == result.to_json()
+    assert (result.num_images, result.num_seeds, result.classifier_accuracy) == (128, 2, 1.0)
+    rows = {row.pop("row"): row for row in result.to_json()["rows"]}
     titles = ["F-VAE, sigma = 0.5", "LS-VAE", "replayed F-VAE"]
     expected = [f"{title}: {kind}" for title in titles for kind in ("samples", "means")]
     assert list(rows) == ["training images", *expected]
     assert rows["training images"] == quality.score(corner, corner(SEEN), np.asarray(datasets.to_float(TRAIN[:128])))
-    for title, part in report.by_row(json.loads((run_dir / "summary.json").read_text())["members"]).items():
-        pairs = [generators[member["group"]](128) for member in part]
+    for title, part in report.by_row(sweep.read_run(run_dir)[1].members).items():
+        pairs = [generators[member.group](128) for member in part]
         for kind, index in (("samples", 0), ("means", 1)):
             scores = [quality.score(corner, corner(SEEN), pair[index]) for pair in pairs]
             row = rows[f"{title}: {kind}"]
@@ -155,13 +155,13 @@ def generators(finished):
 def test_samples_are_the_member_s_own(generators, finished):
     """Their distance to the means is the member's sigma, which the summary has."""
     all_means = {}
-    for member in finished[1]["members"]:
-        samples, means = generators[member["group"]](700)
+    for member in finished[1].members:
+        samples, means = generators[member.group](700)
         assert len(samples) == 700
         rms = np.sqrt(np.mean((samples - means) ** 2))
-        assert rms == pytest.approx(member["sigma"], rel=0.02), member
+        assert rms == pytest.approx(member.sigma, rel=0.02), member
         assert len(np.unique(samples.reshape(700, -1), axis=0)) == 700, "no chunk is like another"
-        all_means[member["group"]] = means
+        all_means[member.group] = means
     assert len(all_means) == 6
     for name, means in all_means.items():
         same = [other for other in all_means if np.array_equal(means, all_means[other])]

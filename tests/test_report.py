@@ -1,13 +1,16 @@
 """The sweep's rows, table and figures from members made by hand."""
 
+import dataclasses
 import functools
 import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import filled
 
 from experiments import report
+from experiments.results import Member, Row, Summary
 from experiments.variants import VARIANTS, Sigma
 from lvae_jax import diagnostics, figures, runs, toy
 from lvae_jax.evaluation import Kind
@@ -39,7 +42,7 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
             "diagnosis": "calibrated",
         }
         place = {"group": variant, "member": first + seed}
-        made.append({"variant": variant, "seed": seed} | scores | sigmas | found | place | others)
+        made.append(Member(**{"variant": variant, "seed": seed} | scores | sigmas | found | place | others))
     return made
 
 
@@ -51,19 +54,21 @@ def summarise(parts, *, kind="points", **others):
     """What summary.json holds of these members."""
     shape = SHAPES[kind]
     everyone = list(itertools.chain(*parts))
-    summary = {
-        "rows": [report.row(part, shape, **as_row(kind)) for part in report.by_row(everyone).values()],
-        "members": everyone,
-        "shape": list(shape),
-        "kind": kind,
-        "num_dimensions": int(np.prod(shape)),
-        "latent_size": LATENT_SIZE,
-        "num_test_examples": 10_000,
-        "num_importance_samples": 32,
-        "num_evidence_examples": 1000,
-        "unit": "toy length" if kind == "points" else "pixel on [0, 1]",
-    }
-    return summary | others
+    return filled(
+        Summary,
+        rows=[report.row(part, shape, **as_row(kind)) for part in report.by_row(everyone).values()],
+        members=everyone,
+        shape=list(shape),
+        levels=as_row(kind)["levels"],
+        kind=kind,
+        num_dimensions=int(np.prod(shape)),
+        latent_size=LATENT_SIZE,
+        num_test_examples=10_000,
+        num_importance_samples=32,
+        num_evidence_examples=1000,
+        unit="toy length" if kind == "points" else "pixel on [0, 1]",
+        **others,
+    )
 
 
 def toys(parts):
@@ -71,8 +76,7 @@ def toys(parts):
     summary = summarise(parts, entropy=toy.entropy())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "best_elbo", best_elbo)
-        report.add_toys_limits(summary["rows"], 0.1)
-    return summary
+        return dataclasses.replace(summary, rows=[report.with_limits(row, 0.1) for row in summary.rows])
 
 
 # Rows
@@ -83,41 +87,42 @@ def test_row_is_numpy_s_mean_of_members(kind):
     part = members("ls", importance_bound=-1.0)
     row = report.row(part, SHAPES[kind], **as_row(kind))
     for name in ("elbo", "log_likelihood", "kl", "mse", "sigma", "sigma_max", "best_sigma", "active_units"):
-        assert row[name] == pytest.approx(np.mean([member[name] for member in part]))
-    assert row["elbo_sd"] == pytest.approx(np.std([member["elbo"] for member in part], ddof=1))
-    assert row["num_seeds"] == 3
-    assert row["variant"] == "ls"
-    assert row["importance_bound"] == -1.0
-    assert not {"seed", "member", "group"} & set(row), "what tells members apart is no mean"
+        assert getattr(row, name) == pytest.approx(np.mean([getattr(member, name) for member in part]))
+    assert row.elbo_sd == pytest.approx(np.std([member.elbo for member in part], ddof=1))
+    assert row.num_seeds == 3
+    assert row.variant == "ls"
+    assert row.importance_bound == -1.0
     n = np.prod(SHAPES[kind])
     if kind == "discretised":
-        assert "elbo_paper" not in row
-        assert row["bits_per_dimension"] == pytest.approx(-row["elbo"] / n / np.log(2.0))
+        assert row.elbo_paper is None
+        assert row.bits_per_dimension == pytest.approx(-row.elbo / n / np.log(2.0))
     else:
-        assert row["elbo_paper"] == pytest.approx(row["elbo"] + n / 2.0 * np.log(2.0 * np.pi))
-    assert ("bits_per_dimension" in row) == (kind != "points")
-    assert ("importance_bits_per_dimension" in row) == (kind != "points")
+        assert row.elbo_paper == pytest.approx(row.elbo + n / 2.0 * np.log(2.0 * np.pi))
+    assert (row.bits_per_dimension is None) == (kind == "points")
+    assert (row.importance_bits_per_dimension is None) == (kind == "points")
     if kind in ("density", "dequantised"):
-        assert row["importance_bits_per_dimension"] == pytest.approx(8.0 + 1.0 / n / np.log(2.0))
-        assert row["bits_per_dimension"] == pytest.approx(8.0 - row["elbo"] / n / np.log(2.0))
-        assert row["is_code"] == (kind == "dequantised")
+        assert row.importance_bits_per_dimension == pytest.approx(8.0 + 1.0 / n / np.log(2.0))
+        assert row.bits_per_dimension == pytest.approx(8.0 - row.elbo / n / np.log(2.0))
+        assert row.is_code == (kind == "dequantised")
 
 
 def test_row_of_one_seed():
-    assert report.row(members("lv", num_seeds=1), (2,), **POINTS)["elbo_sd"] == 0.0
+    assert report.row(members("lv", num_seeds=1), (2,), **POINTS).elbo_sd == 0.0
 
 
 def test_diagnosis_counts_seeds():
-    part = members("ls")
-    assert report.row(part, (2,), **POINTS)["diagnosis"] == "calibrated"
-    part[1]["diagnosis"] = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
-    part[2]["diagnosis"] = "sigma at its floor in 12% of the dimensions"
-    assert report.row(part, (2,), **POINTS)["diagnosis"] == (
+    def diagnosis(*findings):
+        part = [members("ls", num_seeds=1, diagnosis=finding)[0] for finding in findings]
+        return report.row(part, (2,), **POINTS).diagnosis
+
+    collapsed = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
+    low = [f"sigma at its floor in {part}% of the dimensions" for part in (7, 12)]
+    assert diagnosis("calibrated", "calibrated", "calibrated") == "calibrated"
+    assert diagnosis("calibrated", collapsed, low[1]) == (
         "calibrated (in 1 of 3 seeds); posterior collapse: none of 2 (in 1 of 3 seeds); "
         "sigma at its floor in 9% of the dimensions (in 2 of 3 seeds)"
     )
-    part[0]["diagnosis"] = "sigma at its floor in 7% of the dimensions"
-    assert report.row(part[::2], (2,), **POINTS)["diagnosis"] == part[0]["diagnosis"]
+    assert diagnosis(*low) == low[0]
 
 
 def test_rows_pool_seeds():
@@ -134,22 +139,21 @@ def test_rows_pool_seeds():
 def test_gap_and_sigma_s_share(monkeypatch):
     monkeypatch.setattr(toy, "best_elbo", best_elbo)
     rows = [
-        {"variant": variant, "sigma": sigma, "elbo": -1.2}
+        report.with_limits(filled(Row, variant=variant, sigma=sigma, elbo=-1.2), -0.35)
         for variant, sigma in (("f", 1.0), ("f", 0.01), ("ls", 0.07), ("lv", 0.07))
     ]
-    report.add_toys_limits(rows, -0.35)
-    assert [row["gap"] for row in rows] == pytest.approx(4 * [0.85])
+    assert [row.gap for row in rows] == pytest.approx(4 * [0.85])
     wide, narrow, learned, vector = rows
-    assert not {"sigma_gap", "best_elbo"} & set(vector), "its sigma is not one number"
-    np.testing.assert_allclose(narrow["sigma_gap"], 0.0, atol=1e-6)  # below all noise, a mixture can be exact
+    assert vector.sigma_gap is vector.best_elbo is None, "its sigma is not one number"
+    np.testing.assert_allclose(narrow.sigma_gap, 0.0, atol=1e-6)  # below all noise, a mixture can be exact
     for row in rows[:3]:
-        low, high = row["sigma_gap"]
+        low, high = row.sigma_gap
         assert 0.0 <= low <= high
-        best = toy.best_elbo(row["sigma"])
-        np.testing.assert_allclose(row["best_elbo"], best)
+        best = toy.best_elbo(row.sigma)
+        np.testing.assert_allclose(row.best_elbo, best)
         np.testing.assert_allclose([low, high], [-toy.entropy() - b for b in best[::-1]])
-    assert wide["sigma_gap"][0] > learned["sigma_gap"][1] > 0.0
-    assert wide["sigma_gap"][1] - wide["sigma_gap"][0] < 0.01
+    assert wide.sigma_gap[0] > learned.sigma_gap[1] > 0.0
+    assert wide.sigma_gap[1] - wide.sigma_gap[0] < 0.01
 
 
 def test_sigma_s_share_of_an_independent_model():
@@ -164,9 +168,8 @@ def test_sigma_s_share_of_an_independent_model():
     distances = ((x[:, None] - centres[None]) ** 2).sum(-1)
     model = np.log(np.exp(-0.5 * distances / sigma**2).mean(1)) - np.log(2.0 * np.pi * sigma**2)
     loss = np.asarray(toy.log_prob(jnp.float32(x)), np.float64) - model
-    rows = [{"variant": "f", "sigma": sigma, "elbo": float(model.mean())}]
-    report.add_toys_limits(rows, 0.0)
-    assert rows[0]["sigma_gap"][0] < loss.mean() + 4.0 * loss.std() / np.sqrt(len(x))
+    row = report.with_limits(filled(Row, variant="f", sigma=sigma, elbo=float(model.mean())), 0.0)
+    assert row.sigma_gap[0] < loss.mean() + 4.0 * loss.std() / np.sqrt(len(x))
 
 
 # The table
@@ -211,10 +214,10 @@ def test_columns_and_their_notes(make, columns):
     assert ("on 1000 examples" in said) == ("to model" in columns)
     assert ("The paper drops the density's constant" in said) == ("paper's ELBO" in columns)
     assert ("bits/dim" in said) == ("bits/dim" in columns)
-    assert ("not likelihoods of images" in said) == (summary["kind"] == "density")
-    assert ("a bound on the code length" in said) == (summary["kind"] in ("dequantised", "discretised"))
-    assert f"mean +- standard deviation over 3 seeds, on {summary['num_test_examples']} test examples" in said
-    assert f"in the unit {summary['unit']}" in said
+    assert ("not likelihoods of images" in said) == (summary.kind == "density")
+    assert ("a bound on the code length" in said) == (summary.kind in ("dequantised", "discretised"))
+    assert f"mean +- standard deviation over 3 seeds, on {summary.num_test_examples} test examples" in said
+    assert f"in the unit {summary.unit}" in said
     assert f"latent dimensions in use, out of {LATENT_SIZE}" in said
 
 
@@ -222,13 +225,13 @@ def test_bits_are_those_of_probabilities():
     """Whatever a model was trained with, beside those of histograms."""
     part = members("lv", code_elbo=-40.0, importance_bound=-0.7, code_importance_bound=-30.0)
     summary = summarise([part], kind="density", histograms={"histogram of each pixel": 1.6888})
-    (row,) = summary["rows"]
-    assert row["bits_per_dimension"] == pytest.approx(40.0 / 16 / np.log(2.0))
-    assert row["importance_bits_per_dimension"] == pytest.approx(30.0 / 16 / np.log(2.0))
-    assert row["nats_per_dimension"] == pytest.approx(row["elbo"] / 16), "of the density"
+    (row,) = summary.rows
+    assert row.bits_per_dimension == pytest.approx(40.0 / 16 / np.log(2.0))
+    assert row.importance_bits_per_dimension == pytest.approx(30.0 / 16 / np.log(2.0))
+    assert row.nats_per_dimension == pytest.approx(row.elbo / 16), "of the density"
     title, line, histogram, *_ = report.table(summary).splitlines()
     end = title.index("  bits/dim") + len("  bits/dim")
-    assert line[:end].endswith(f" {row['bits_per_dimension']:.4f}")
+    assert line[:end].endswith(f" {row.bits_per_dimension:.4f}")
     assert histogram.startswith("histogram of each pixel ")
     assert histogram[:end].endswith(" 1.6888")
     said = notes(report.table(summary))
@@ -256,17 +259,17 @@ def test_cells_are_the_rows_numbers():
         up_to = line.ljust(ends[column])[: ends[column]]
         return "" if up_to.endswith(" ") else up_to.rsplit("  ", 1)[-1]
 
-    fixed, vector = summary["rows"]
+    fixed, vector = summary.rows
     for line, row in zip(lines[1:3], (fixed, vector), strict=True):
-        assert line.startswith(VARIANTS[row["variant"]].title)
-        assert f"{row['elbo']:.4f} +- {row['elbo_sd']:.4f}" in line
-        assert cell(line, "KL") == f"{row['kl']:.4f}"
-        assert cell(line, "gap") == f"{row['gap']:.4f}"
-    assert cell(lines[1], "due to sigma") == f"{fixed['sigma_gap'][0]:.3f}"
+        assert line.startswith(VARIANTS[row.variant].title)
+        assert f"{row.elbo:.4f} +- {row.elbo_sd:.4f}" in line
+        assert cell(line, "KL") == f"{row.kl:.4f}"
+        assert cell(line, "gap") == f"{row.gap:.4f}"
+    assert cell(lines[1], "due to sigma") == f"{fixed.sigma_gap[0]:.3f}"
     assert cell(lines[2], "due to sigma") == "", "an LV-VAE has none"
     assert cell(lines[1], "IW bound") == "", "only the other has one"
     assert cell(lines[2], "IW bound") == "-0.5000"
-    assert lines[-2:] == [f"F-VAE, sigma = {fixed['sigma']}: calibrated", "LV-VAE: calibrated"]
+    assert lines[-2:] == [f"F-VAE, sigma = {fixed.sigma}: calibrated", "LV-VAE: calibrated"]
     assert max(map(len, lines[3:])) <= 118
 
 
@@ -283,7 +286,7 @@ def metrics(path, everyone):
     """Lines of metrics.jsonl for each member, and what they hold of elbo."""
     for member in everyone:
         lines = [
-            {"group": member["group"], "member": member["member"], "seed": member["seed"], "step": step}
+            {"group": member.group, "member": member.member, "seed": member.seed, "step": step}
             | {name: float(RNG.uniform(0.1, 1.0)) for name in figures.Curves._fields[1:]}
             for step in STEPS
         ]
@@ -314,8 +317,8 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
             return original(*arguments, **options)
 
         monkeypatch.setattr(figures, name, functools.wraps(original)(keep))
-    metrics(tmp_path, summary["members"])
-    shape = summary["shape"]
+    metrics(tmp_path, summary.members)
+    shape = summary.shape
     panels = [figures.Panel("LS-VAE", *(RNG.uniform(size=(6, *shape)) for _ in range(5)))]
     draw_panels = figures.image_panels if len(shape) == 3 else figures.plane_panels
     report.draw(tmp_path, summary, panels, draw_panels=draw_panels)
@@ -323,30 +326,30 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5_000
 
     (curves,), _ = drawn["losses"]
-    assert list(curves) == list(report.by_row(summary["members"]))
+    assert list(curves) == list(report.by_row(summary.members))
     by_place = {}
     for line in runs.read_metrics(tmp_path):
         by_place.setdefault((line["group"], line["member"]), []).append(line["elbo"])
-    for title, part in report.by_row(summary["members"]).items():
+    for title, part in report.by_row(summary.members).items():
         np.testing.assert_array_equal(curves[title].steps, STEPS)
-        np.testing.assert_array_equal(curves[title].elbo, [by_place[m["group"], m["member"]] for m in part])
+        np.testing.assert_array_equal(curves[title].elbo, [by_place[m.group, m.member] for m in part])
     (learned,), _ = drawn["sigma_and_elbo"]
-    fixed = all(m["variant"] in ("f", "f_star") for m in summary["members"])
+    fixed = all(m.variant in ("f", "f_star") for m in summary.members)
     assert fixed or not any(title.startswith("F") for title in learned), "a constant is no curve of sigma"
 
     (points, lines), options = drawn["elbo_against_sigma"]
-    titles = {VARIANTS[m["variant"]].title for m in summary["members"]}
+    titles = {VARIANTS[m.variant].title for m in summary.members}
     assert "LV-VAE" not in points
     varying = {variant.title for variant in VARIANTS.values() if variant.sigma is Sigma.MAP}
     assert set(lines) == titles & {"LS-VAE", *varying}
     assert {*points, *lines} == titles
-    assert options["bound"] == (-summary["entropy"] if summary["kind"] == "points" else None)
+    assert options["bound"] == (-summary.entropy if summary.kind == "points" else None)
     reused_at, reused = options["reused"]
-    assert set(reused) == (set() if summary["kind"] == "discretised" else titles - varying)
+    assert set(reused) == (set() if summary.kind == "discretised" else titles - varying)
     for title, elbos in reused.items():
-        part = [m for m in summary["members"] if VARIANTS[m["variant"]].title == title]
-        n, at = summary["num_dimensions"], reused_at[50]
-        expected = [-n / 2 * (np.log(2 * np.pi * at**2) + m["mse"] / at**2) - m["kl"] for m in part]
+        part = [m for m in summary.members if VARIANTS[m.variant].title == title]
+        n, at = summary.num_dimensions, reused_at[50]
+        expected = [-n / 2 * (np.log(2 * np.pi * at**2) + m.mse / at**2) - m.kl for m in part]
         np.testing.assert_allclose(elbos[:, 50], expected)
-    limited = {row["sigma"]: row["best_elbo"][1] for row in summary["rows"] if "best_elbo" in row}
+    limited = {row.sigma: row.best_elbo[1] for row in summary.rows if row.best_elbo}
     np.testing.assert_array_equal(options["limits"], np.reshape(sorted(limited.items()), (-1, 2)).T)

@@ -20,7 +20,8 @@ import PIL.Image
 import pytest
 from conftest import call, run_command
 
-from experiments import command, domains, hosts, loop, sigma_sweep, sweep
+from experiments import command, domains, hosts, loop, results, sigma_sweep, sweep
+from experiments.results import Summary
 from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
@@ -39,7 +40,7 @@ def run_sweep(config, run_dir, **options):
 
 
 def summary_of(run):
-    return json.loads((run.path / "summary.json").read_text())
+    return sweep.read_run(run.path)[1]
 
 
 def config_of(run):
@@ -48,19 +49,19 @@ def config_of(run):
 
 def test_command_compares_all_variants(toy_run):
     summary = summary_of(toy_run)
-    rows, members = summary["rows"], summary["members"]
-    assert [row["variant"] for row in rows] == ["f", *ALL]
-    assert [row["sigma"] for row in rows[:2]] == [1.0, 0.1]
-    assert [(m["sigma"], m["seed"]) for m in members[:4]] == [(1.0, 3), (1.0, 4), (0.1, 3), (0.1, 4)]
+    rows, members = summary.rows, summary.members
+    assert [row.variant for row in rows] == ["f", *ALL]
+    assert [row.sigma for row in rows[:2]] == [1.0, 0.1]
+    assert [(m.sigma, m.seed) for m in members[:4]] == [(1.0, 3), (1.0, 4), (0.1, 3), (0.1, 4)]
     for row in rows:
-        assert all(np.isfinite(row[name]) for name in NUMBERS)
-        assert row["num_seeds"] == 2
-        assert row["elbo"] == pytest.approx(row["log_likelihood"] - row["kl"], abs=1e-4)
-        assert row["elbo_paper"] == pytest.approx(row["elbo"] + np.log(2 * np.pi), abs=1e-6)  # n = 2
-        assert row["kl"] > 0
-        assert f"{row['elbo']:.4f}" in toy_run.stdout
+        assert all(np.isfinite(getattr(row, name)) for name in NUMBERS)
+        assert row.num_seeds == 2
+        assert row.elbo == pytest.approx(row.log_likelihood - row.kl, abs=1e-4)
+        assert row.elbo_paper == pytest.approx(row.elbo + np.log(2 * np.pi), abs=1e-6)  # n = 2
+        assert row.kl > 0
+        assert f"{row.elbo:.4f}" in toy_run.stdout
     for member in members:
-        assert member["best_sigma"] == pytest.approx(np.sqrt(member["mse"]), rel=1e-6)
+        assert member.best_sigma == pytest.approx(np.sqrt(member.mse), rel=1e-6)
     assert re.search(r"100%.*step/s, ELBO -?[\d.]+ nats", toy_run.stderr), "the progress bar"
     for name in ("samples", "losses", "sigma", "elbo"):
         assert (toy_run.path / "figures" / f"{name}.png").stat().st_size > 10_000
@@ -70,13 +71,13 @@ def test_command_compares_all_variants(toy_run):
 
 
 def test_followers_take_sigma_from_their_seed(toy_run):
-    members = summary_of(toy_run)["members"]
+    members = summary_of(toy_run).members
     record = np.load(toy_run.path / "ls_sigma.npy")
     assert record.shape == (2, 41)
     assert np.isfinite(record).all()
     assert (record[:, 0] == 1.0).all()
     following = [variant for variant in FOLLOWERS if variant in ALL]
-    final = {variant: [m["sigma"] for m in members if m["variant"] == variant] for variant in ("ls", *following)}
+    final = {variant: [m.sigma for m in members if m.variant == variant] for variant in ("ls", *following)}
     np.testing.assert_allclose(final["ls"], record[:, -1], rtol=1e-6)
     for variant in following:
         np.testing.assert_allclose(final[variant], final["ls"], rtol=1e-6)
@@ -102,30 +103,30 @@ def test_toy_measures(toy_run):
     test = jnp.asarray(datasets.load("toy").test)
     x, bare = test[:1000], toy.curve(toy.nearest(test[:1000]))
     copied, denoised = (domains.toy_measures(*map(np.asarray, (r, test, x, test))) for r in (x, bare))
-    assert copied["noise_kept"] == pytest.approx(1.0, abs=1e-6)
-    assert denoised["noise_kept"] == pytest.approx(0.0, abs=1e-3)
+    assert copied.noise_kept == pytest.approx(1.0, abs=1e-6)
+    assert denoised.noise_kept == pytest.approx(0.0, abs=1e-3)
     noise = np.sqrt(np.mean(np.sum((np.asarray(x) - np.asarray(bare)) ** 2, axis=-1)))
-    assert copied["curve_distance"] == pytest.approx(noise, rel=1e-4)
-    assert denoised["curve_distance"] < 1e-5
-    assert copied["sliced_wasserstein"] == 0.0
-    np.testing.assert_allclose(copied["band_widths"], toy.NOISE, rtol=0.05)
+    assert copied.curve_distance == pytest.approx(noise, rel=1e-4)
+    assert denoised.curve_distance < 1e-5
+    assert copied.sliced_wasserstein == 0.0
+    np.testing.assert_allclose(copied.band_widths, toy.NOISE, rtol=0.05)
     summary = summary_of(toy_run)
-    assert summary["true_measures"]["sliced_wasserstein"] > 0.0, "of other points"
-    assert summary["true_measures"].keys() <= summary["members"][0].keys()
+    assert summary.true_measures.sliced_wasserstein > 0.0, "of other points"
+    assert summary.true_measures.to_json().keys() <= summary.members[0].to_json().keys()
 
 
 def test_evidence_and_importance_bound(tmp_path):
     """The two gaps add up to that from the ELBO to the toy's density, and the bound lies between ELBO and evidence."""
     config = SMALL._replace(variants=("ls",), latent_size=1, evidence=True, num_importance_samples=16)
-    (member,) = run_sweep(config, tmp_path)["members"]
+    (member,) = run_sweep(config, tmp_path).members
     x = datasets.load("toy").test
     of_density = np.float64(toy.log_prob(jnp.asarray(x[: sigma_sweep.NUM_EVIDENCE_EXAMPLES])))
-    gap = of_density.mean() - member["elbo"]
-    assert member["model_gap"] + member["posterior_gap"] == pytest.approx(gap, abs=5.0 * of_density.std() / 1000**0.5)
-    assert member["model_gap"] > 0.0
-    assert member["posterior_gap"] > 0.01
-    assert member["elbo"] + 0.001 < member["importance_bound"] < member["elbo"] + member["posterior_gap"] + 0.1
-    assert member["evidence_error"] < 1e-3
+    gap = of_density.mean() - member.elbo
+    assert member.model_gap + member.posterior_gap == pytest.approx(gap, abs=5.0 * of_density.std() / 1000**0.5)
+    assert member.model_gap > 0.0
+    assert member.posterior_gap > 0.01
+    assert member.elbo + 0.001 < member.importance_bound < member.elbo + member.posterior_gap + 0.1
+    assert member.evidence_error < 1e-3
 
 
 def test_finished_run_is_only_reported(toy_run, tmp_path, monkeypatch, capsys):
@@ -149,8 +150,8 @@ def test_directory_of_other_flags_is_refused(toy_run):
 
 def test_sigma_from_another_run(toy_run, tmp_path):
     config = config_of(toy_run)._replace(variants=("f_star", "replay"), sigma_from=str(toy_run.path))
-    there = run_sweep(config, tmp_path / "run")["members"]
-    here = [member for member in summary_of(toy_run)["members"] if member["variant"] in ("f_star", "replay")]
+    there = run_sweep(config, tmp_path / "run").members
+    here = [member for member in summary_of(toy_run).members if member.variant in ("f_star", "replay")]
     assert there == here, "the same seeds, the same numbers"
 
 
@@ -205,7 +206,7 @@ def test_killed_run_resumes_to_the_same_bits(toy_run, tmp_path):
     assert not (run_dir / "summary.json").exists()
 
     resumed = run_sweep(config, run_dir)
-    assert resumed["members"] == [m for m in summary_of(toy_run)["members"] if m["variant"] in config.variants]
+    assert resumed.members == [m for m in summary_of(toy_run).members if m.variant in config.variants]
     lines = [line for line in runs.read_metrics(toy_run.path) if line["group"] in config.variants]
     assert runs.read_metrics(run_dir) == lines
     np.testing.assert_array_equal(*(np.load(path / "ls_sigma.npy") for path in (run_dir, toy_run.path)))
@@ -256,10 +257,10 @@ def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch
 def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
-    single = run_sweep(config, tmp_path / "single")["members"][0]
+    single = run_sweep(config, tmp_path / "single").members[0]
     monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
-    fused = run_sweep(config, tmp_path / "fused")["members"][0]
-    assert fused["elbo"] == pytest.approx(single["elbo"], abs=0.1)
+    fused = run_sweep(config, tmp_path / "fused").members[0]
+    assert fused.elbo == pytest.approx(single.elbo, abs=0.1)
     append = runs.append_metrics
 
     def interrupted(run_dir, lines):
@@ -273,7 +274,7 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
         run_sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 60.0)
-    assert run_sweep(config, tmp_path / "resumed")["members"][0] == fused
+    assert run_sweep(config, tmp_path / "resumed").members[0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
 
@@ -289,9 +290,7 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
     options = {"learning_rate": 1e-2, "decay": False, "sigma_rate": 1.0, "clip_norm": 1e-2, "warmup_steps": 3}
     plain = SMALL._replace(variants=("ls",), **options)
     changes = [{}, {"ema_decay": 0.9}, {"bfloat16": True}, {"num_blocks": 2}]
-    elbos = [
-        run_sweep(plain._replace(**change), tmp_path / str(i))["rows"][0]["elbo"] for i, change in enumerate(changes)
-    ]
+    elbos = [run_sweep(plain._replace(**change), tmp_path / str(i)).rows[0].elbo for i, change in enumerate(changes)]
     assert len(set(elbos)) == len(changes)
     assert optimisers == len(changes) * [{"num_steps": 5} | options]
 
@@ -308,8 +307,8 @@ def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, 
     (run_dir / "summary.json").unlink()
     runs.write_json(run_dir / "flags.json", config._replace(variants=("f", "ls"))._asdict())
     monkeypatch.setattr(training, "members_steps", lambda *args, **options: pytest.fail("it trains"))
-    again = run_sweep(config._replace(variants=("f", "ls")), run_dir)["members"]
-    assert again == [member for member in summary_of(toy_run)["members"] if member["variant"] in ("f", "ls")]
+    again = run_sweep(config._replace(variants=("f", "ls")), run_dir).members
+    assert again == [member for member in summary_of(toy_run).members if member.variant in ("f", "ls")]
 
 
 def on_images(monkeypatch, train, test, **values):
@@ -330,10 +329,10 @@ def test_image_run(tmp_path, monkeypatch):
     options = {"variants": ("f", "lv"), "sigma": (0.5,), "num_seeds": 2, "num_steps": 20, "widths": (16,)}
     config = on_images(monkeypatch, black, white, discretise=False, **options)
     whole = run_sweep(config, tmp_path / "whole")
-    assert whole["num_test_examples"] == 23
-    assert [member["group"] for member in whole["members"]] == ["f-0", "f-1", "lv-0", "lv-1"]
-    for member in whole["members"]:
-        assert member["mse"] == pytest.approx(1.0, abs=0.2), "white test images, black reconstructions"
+    assert whole.num_test_examples == 23
+    assert [member.group for member in whole.members] == ["f-0", "f-1", "lv-0", "lv-1"]
+    for member in whole.members:
+        assert member.mse == pytest.approx(1.0, abs=0.2), "white test images, black reconstructions"
     assert sweep.model(config, "ls", (8, 8, 1))(1.0).likelihood.floor == pytest.approx(1 / (255 * 12**0.5))
     trained = [line["mse"] for line in runs.read_metrics(tmp_path / "whole") if line["step"] == 20]
     assert max(trained) < 0.1
@@ -355,7 +354,7 @@ def test_image_run(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_sweep(config, tmp_path / "resumed")
     monkeypatch.setattr(runs, "append_metrics", append)
-    assert run_sweep(config, tmp_path / "resumed")["members"] == whole["members"]
+    assert run_sweep(config, tmp_path / "resumed").members == whole.members
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "whole")
 
 
@@ -365,31 +364,32 @@ def test_relatives_of_the_learned_vector(tmp_path, monkeypatch):
     options |= {"num_seeds": 2, "num_steps": 4, "num_importance_samples": 2}
     config = on_images(monkeypatch, NOISE, NOISE[:15], discretise=False, **options)
     summary = run_sweep(config, tmp_path / "run")
-    members = {(member["variant"], member["seed"]): member for member in summary["members"]}
+    members = {(member.variant, member.seed): member for member in summary.members}
     params = {key: sweep.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], (8, 8, 1)) for key in members}
     for seed in (0, 1):
         ls, star = params["ls", seed], params["lv_star", seed]
         jax.tree.map(np.testing.assert_array_equal, star["encoder"], ls["encoder"])
         jax.tree.map(np.testing.assert_array_equal, star["decoder"]["first"], ls["decoder"])
         for name in ("kl", "mse"):
-            assert members["lv_star", seed][name] == pytest.approx(members["ls", seed][name], rel=1e-6)
-        assert members["lv_star", seed]["elbo"] != members["ls", seed]["elbo"]
+            star_s, ls_s = (getattr(members[variant, seed], name) for variant in ("lv_star", "ls"))
+            assert star_s == pytest.approx(ls_s, rel=1e-6)
+        assert members["lv_star", seed].elbo != members["ls", seed].elbo
     assert params["learned_map", 0]["likelihood"]["log_stddev"].shape == (1, 8, 8, 1)
     for member in members.values():
-        assert -20.0 * 64 < member["code_elbo"] < 0.0, "a log probability of 64 pixels"
-        assert member["code_importance_bound"] > member["code_elbo"] - 1.0
-    nats = members["ls", 0]["code_elbo"] + members["ls", 1]["code_elbo"]
-    assert summary["rows"][0]["bits_per_dimension"] == pytest.approx(-0.5 * nats / 64 / np.log(2.0))
-    assert list(summary["histograms"]) == ["histogram of each pixel", "histogram of all pixels"]
-    assert all(6.0 < bits < 8.5 for bits in summary["histograms"].values()), "of noise"
+        assert -20.0 * 64 < member.code_elbo < 0.0, "a log probability of 64 pixels"
+        assert member.code_importance_bound > member.code_elbo - 1.0
+    nats = members["ls", 0].code_elbo + members["ls", 1].code_elbo
+    assert summary.rows[0].bits_per_dimension == pytest.approx(-0.5 * nats / 64 / np.log(2.0))
+    assert list(summary.histograms) == ["histogram of each pixel", "histogram of all pixels"]
+    assert all(6.0 < bits < 8.5 for bits in summary.histograms.values()), "of noise"
 
 
 def test_probabilities_of_a_model_trained_on_them_are_its_elbo(tmp_path, monkeypatch):
     options = {"variants": ("lv",), "num_seeds": 1, "num_steps": 2}
     summary = run_sweep(on_images(monkeypatch, NOISE, NOISE[:15], **options), tmp_path / "run")
-    assert summary["kind"] == "discretised", "the default on images"
-    (member,) = summary["members"]
-    assert member["code_elbo"] == pytest.approx(member["elbo"], rel=1e-6)
+    assert summary.kind == "discretised", "the default on images"
+    (member,) = summary.members
+    assert member.code_elbo == pytest.approx(member.elbo, rel=1e-6)
 
 
 def test_defaults_of_each_kind_of_data():
@@ -415,8 +415,8 @@ def test_command_on_fake_celeba(tmp_path):
     recorded = json.loads((tmp_path / "run" / "flags.json").read_text())
     options = ("dataset", "fake_data", "image_size", "dequantize", "flip")
     assert [recorded[name] for name in options] == ["celeb_a", True, 8, True, True]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["num_test_examples"], summary["num_dimensions"]) == (128, 192)
+    summary = results.read(tmp_path / "run" / "summary.json", Summary)
+    assert (summary.num_test_examples, summary.num_dimensions) == (128, 192)
 
 
 def test_celeba_from_a_folder(tmp_path):
@@ -430,9 +430,9 @@ def test_celeba_from_a_folder(tmp_path):
         **{"latent_size": 2, "image_size": 8, "widths": (4,), "num_blocks": 1},
     )
     summary = run_sweep(config, tmp_path / "run", data_dir=str(tmp_path / "data"), celeba_dir=str(folder))
-    assert summary["num_test_examples"] == 2
-    assert summary["rows"][0]["mse"] == pytest.approx(1.0, abs=0.05)
-    assert summary["members"][0]["sigma"] == 0.1
+    assert summary.num_test_examples == 2
+    assert summary.rows[0].mse == pytest.approx(1.0, abs=0.05)
+    assert summary.members[0].sigma == 0.1
     assert runs.read_metrics(tmp_path / "run")[0]["mse"] < 0.01
     # The run belongs to these images, wherever they lie; others do not go on with it, nor are its numbers theirs.
     places = {"data_dir": str(tmp_path / "data")}

@@ -1,0 +1,372 @@
+"""The results of the experiments: typed, and the only code that knows how they stand in a JSON file.
+
+ELBOs, their parts and bounds are in nats; sigmas, errors and lengths in the data's unit.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from lvae_jax import runs
+
+POINTS = "points"  # the kind of data without grey levels; the others are `evaluation.Kind`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """A set of named results. A field that is None by default does not apply where it is None: files leave it out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, as JSON has them."""
+        return {
+            field.name: _to_json(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.default is not None or getattr(self, field.name) is not None
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; names that are no fields are ignored.
+
+        Raises:
+          TypeError: a field without a default is missing.
+        """
+        kinds = typing.get_type_hints(cls)
+        known = [field.name for field in dataclasses.fields(cls) if field.name in values]
+        return cls(**{name: _from_json(kinds[name], values[name]) for name in known})
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_json(each) for each in value]
+    return value.to_json() if isinstance(value, Result) else value
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """`value` as a field of the type `kind`: a JSON value, or a `Result`, one or None or a list of them."""
+    parts = [part for part in (kind, *typing.get_args(kind)) if isinstance(part, type) and issubclass(part, Result)]
+    if not parts or value is None:
+        return value
+    return [parts[0].from_json(each) for each in value] if isinstance(value, list) else parts[0].from_json(value)
+
+
+def read(file: Path, kind: type[AnyResult]) -> AnyResult:
+    """The results in a JSON file.
+
+    Raises:
+      runs.RunError: the file is missing, damaged or of an older version.
+    """
+    try:
+        return kind.from_json(runs.read_json(file))
+    except TypeError:
+        raise runs.RunError(f"{file} is of an older version: repeat the run in another --run_dir") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored(Result):
+    """The results of a trained model of a sweep, or their means over seeds.
+
+    Attributes:
+      variant: its name in `VARIANTS`.
+      sigma: that of a fixed sigma, else `sigma_mean`.
+      diagnosis: see `diagnostics.diagnosis`.
+      elbo ... sigma_max: see `vae.Scores`.
+      active_units ... residual_stddev: see `diagnostics.Diagnostics`.
+      best_sigma: the root mean squared error.
+      code_elbo, code_importance_bound: of the probabilities of grey levels, whatever was trained.
+      importance_bound: see `vae.importance_bound`.
+      model_gap, posterior_gap, evidence_error: the true log p(x) less the model's; the model's less the ELBO; the error
+        of the quadrature for both.
+      curve_distance, noise_kept, sliced_wasserstein: see `domains.toy_measures`.
+      sharpness, sample_noise: see `domains.image_measures`.
+    """
+
+    variant: str
+    sigma: float
+    diagnosis: str
+    elbo: float
+    log_likelihood: float
+    kl: float
+    mse: float
+    sigma_min: float
+    sigma_mean: float
+    sigma_max: float
+    active_units: float
+    active_directions: float
+    floor_fraction: float
+    sigma_factor: float
+    residual_mean: float
+    residual_stddev: float
+    best_sigma: float
+    code_elbo: float | None = None
+    importance_bound: float | None = None
+    code_importance_bound: float | None = None
+    evidence_error: float | None = None
+    model_gap: float | None = None
+    posterior_gap: float | None = None
+    curve_distance: float | None = None
+    noise_kept: float | None = None
+    sliced_wasserstein: float | None = None
+    sharpness: float | None = None
+    sample_noise: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member(Scored):
+    """A trained model of a sweep.
+
+    Attributes:
+      group, member: its place in metrics.jsonl and among the checkpoints.
+      latent_kl, coverage: see `diagnostics.Diagnostics`.
+      band_widths: see `domains.toy_measures`.
+    """
+
+    seed: int
+    group: str
+    member: int
+    latent_kl: list[float]
+    coverage: list[float]
+    band_widths: list[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(Scored):
+    """The mean over the members of a row, which differ in their seeds.
+
+    Attributes:
+      elbo_sd: the standard deviation of the ELBO over seeds, 0 for a single one.
+      elbo_paper: see `evaluation.paper_elbo`; None for probabilities.
+      nats_per_dimension ... is_code: see `evaluation.Rate`; None for points. The bits are those of probabilities where
+        these are known.
+      importance_bits_per_dimension: the same of the importance-weighted bound.
+      gap: the mean true log p(x) of the test examples less the ELBO.
+      best_elbo: the largest ELBO of any networks at this sigma, an interval; None where sigma is not one number.
+      sigma_gap: the part of the gap that this sigma imposes on any networks, an interval.
+    """
+
+    num_seeds: int
+    elbo_sd: float
+    elbo_paper: float | None = None
+    nats_per_dimension: float | None = None
+    bits_per_dimension: float | None = None
+    bound: float | None = None
+    is_code: bool | None = None
+    importance_bits_per_dimension: float | None = None
+    gap: float | None = None
+    best_elbo: list[float] | None = None
+    sigma_gap: list[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyMeasures(Result):
+    """Figs. 4, 6 and 7 in numbers, in lengths of the toy: see `domains.toy_measures`."""
+
+    curve_distance: float
+    noise_kept: float
+    band_widths: list[float]
+    sliced_wasserstein: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits(Result):
+    """The exact limits of a data set whose density is known: its entropy, and the measures of true points."""
+
+    entropy: float | None = None
+    true_measures: ToyMeasures | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(Limits):
+    """A finished sweep.
+
+    Attributes:
+      shape: of an example; `num_dimensions` is its product.
+      levels: the number of grey levels; None for points.
+      kind: one of `evaluation.Kind`, or `POINTS`.
+      histograms: bits per dimension of `evaluation.histograms`; empty for points.
+    """
+
+    rows: list[Row]
+    members: list[Member]
+    dataset: str
+    shape: list[int]
+    levels: int | None
+    kind: str
+    num_dimensions: int
+    latent_size: int
+    num_test_examples: int
+    num_importance_samples: int
+    num_evidence_examples: int
+    histograms: dict[str, float] = dataclasses.field(default_factory=dict)
+    unit: str
+    device: str
+    jax: str
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """As `Result.from_json`; runs from before the number of levels was recorded have 8 bits."""
+        return super().from_json({"levels": None if values.get("kind") == POINTS else 256} | dict(values))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SphereResult(Result):
+    """The results of a trained model on a sphere, or their means over seeds.
+
+    Attributes:
+      dim: of the space that holds the sphere.
+      start, relative_sigma: sigma at the start and at the end, in units of the critical one.
+      radius, posterior_radius: mean norm of the decoder's outputs, z drawn from the prior, or from the posterior of the
+        test examples.
+      exact_radius, exact_elbo: those of Theorem 1 for this sigma and ideal networks.
+    """
+
+    variant: str
+    dim: int
+    sigma: float
+    start: float
+    relative_sigma: float
+    radius: float
+    posterior_radius: float
+    exact_radius: float
+    exact_elbo: float
+    elbo: float
+    kl: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SphereMember(SphereResult):
+    """A trained model on a sphere."""
+
+    seed: int
+    log_likelihood: float
+    mse: float
+    sigma_min: float
+    sigma_mean: float
+    sigma_max: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SphereRow(SphereResult):
+    """The mean over seeds, with the standard deviations of radius and ELBO, 0 for a single seed."""
+
+    num_seeds: int
+    radius_over_seeds_sd: float
+    elbo_over_seeds_sd: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SphereSummary(Result):
+    """A finished run of `experiments.hypersphere`."""
+
+    rows: list[SphereRow]
+    members: list[SphereMember]
+    num_test_examples: int
+    device: str
+    jax: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Directions(Result):
+    """The principal directions that a decoder can use at one sigma.
+
+    Attributes:
+      directions: the number of principal stddevs above sigma.
+      linear_elbo: the largest ELBO of a linear VAE.
+      trained_...: the fields of the `Row` of an F-VAE with this sigma, if one was trained.
+    """
+
+    sigma: float
+    directions: int
+    linear_elbo: float
+    trained_active_units: float | None = None
+    trained_active_directions: float | None = None
+    trained_elbo: float | None = None
+    trained_elbo_sd: float | None = None
+    trained_num_seeds: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticalSigma(Result):
+    """A finished run of `experiments.critical_sigma`.
+
+    Attributes:
+      critical_sigma: the largest of `principal_stddevs`.
+      mean_sigma: the root of the mean variance.
+      correlation, chance: see `theory.Spread`. These and `mean_sigma` are None for runs from before they were computed.
+    """
+
+    critical_sigma: float
+    mean_sigma: float | None = None
+    correlation: float | None = None
+    chance: float | None = None
+    principal_stddevs: list[float]
+    rows: list[Directions]
+    dataset: str
+    num_dimensions: int
+    num_examples: int
+    unit: str
+    jax: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Realism(Result):
+    """How real a set of images looks: the mean over seeds, and the standard deviation if there are several.
+
+    Attributes:
+      row: the name of the set.
+      classifier_frechet_distance, precision, recall: see `quality.score`.
+    """
+
+    row: str
+    classifier_frechet_distance: float
+    precision: float
+    recall: float
+    classifier_frechet_distance_sd: float | None = None
+    precision_sd: float | None = None
+    recall_sd: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality(Result):
+    """The content of quality.json; `classifier_accuracy` is that on the test split."""
+
+    rows: list[Realism]
+    num_images: int
+    num_seeds: int
+    classifier_accuracy: float
+    classifier_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen(Result):
+    """A member of a sweep that generated."""
+
+    variant: str
+    sigma: float
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generated(Result):
+    """The content of generated.json.
+
+    Attributes:
+      run: the directory of the sweep.
+      shape, unit: of the data, and so of all arrays.
+      images: the SHA-256 hash of the reconstructed examples, None without any.
+      files: the names of the files of each of `members`, without their endings.
+    """
+
+    run: str
+    shape: list[int]
+    unit: str
+    num_samples: int
+    key_seed: int
+    images: str | None
+    members: list[Chosen]
+    files: list[str]

@@ -1,0 +1,228 @@
+"""The columns of every table of results, the notes that explain them, and a table as text and as Markdown."""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import tabulate
+
+from experiments.results import Directions, Quality, Realism, Row, SphereRow, SphereSummary, Summary
+from experiments.variants import VARIANTS
+from lvae_jax.evaluation import Kind
+
+AnyRow = TypeVar("AnyRow")
+
+
+class Column(NamedTuple, Generic[AnyRow]):
+    """title: the heading; cell: the text of a row's cell, None where it has none."""
+
+    title: str
+    cell: Callable[[AnyRow], str | None]
+
+
+def number(value: float | None, form: str = ".4f") -> str | None:
+    """The number in this format; None as None."""
+    return None if value is None else format(value, form)
+
+
+def spread(mean: float, stddev: float | None, form: str = ".4f") -> str:
+    """The mean and, if it is known, the standard deviation."""
+    return f"{mean:{form}}" + (f" +- {stddev:{form}}" if stddev is not None else "")
+
+
+SWEEP: tuple[Column[Row], ...] = (
+    Column("", lambda row: VARIANTS[row.variant].title),
+    Column("sigma", lambda row: number(row.sigma, ".4g")),
+    Column("best sigma", lambda row: number(row.best_sigma, ".4g")),
+    Column("ELBO [nats]", lambda row: spread(row.elbo, row.elbo_sd if row.num_seeds > 1 else None)),
+    Column("paper's ELBO", lambda row: number(row.elbo_paper)),
+    Column("log p(x|z)", lambda row: number(row.log_likelihood)),
+    Column("KL", lambda row: number(row.kl)),
+    Column("active units", lambda row: number(row.active_units, ".4g")),
+    Column("IW bound", lambda row: number(row.importance_bound)),
+    Column("gap", lambda row: number(row.gap)),
+    Column("due to sigma", lambda row: number(row.sigma_gap[0], ".3f") if row.sigma_gap else None),
+    Column("to model", lambda row: number(row.model_gap)),
+    Column("to posterior", lambda row: number(row.posterior_gap)),
+    Column("sharpness", lambda row: number(row.sharpness, ".3f")),
+    Column("sample noise", lambda row: number(row.sample_noise)),
+    Column("nats/dim", lambda row: number(row.nats_per_dimension)),
+    Column("bits/dim", lambda row: number(row.bits_per_dimension)),
+    Column("IW bits/dim", lambda row: number(row.importance_bits_per_dimension)),
+)
+SPHERE: tuple[Column[SphereRow], ...] = (
+    Column("", lambda row: VARIANTS[row.variant].title),
+    Column("n", lambda row: str(row.dim)),
+    Column("start", lambda row: number(row.start, ".4g")),
+    Column("sigma", lambda row: number(row.relative_sigma, ".4g")),
+    Column("radius", lambda row: spread(row.radius, row.radius_over_seeds_sd if row.num_seeds > 1 else None)),
+    Column("posterior", lambda row: number(row.posterior_radius)),
+    Column("exact", lambda row: number(row.exact_radius)),
+    Column("ELBO [nats]", lambda row: spread(row.elbo, row.elbo_over_seeds_sd if row.num_seeds > 1 else None)),
+    Column("best", lambda row: number(row.exact_elbo)),
+    Column("KL", lambda row: number(row.kl)),
+)
+REALISM: tuple[Column[Realism], ...] = (
+    Column("", lambda row: row.row),
+    Column(
+        "classifier Frechet distance",
+        lambda row: spread(row.classifier_frechet_distance, row.classifier_frechet_distance_sd, ".4g"),
+    ),
+    Column("precision", lambda row: spread(row.precision, row.precision_sd)),
+    Column("recall", lambda row: spread(row.recall, row.recall_sd)),
+)
+
+
+def directions(num_dimensions: int) -> tuple[Column[Directions], ...]:
+    """The columns of the critical sigma's table, for data of so many dimensions."""
+    return (
+        Column("sigma", lambda row: number(row.sigma, ".4g")),
+        Column("directions", lambda row: str(row.directions)),
+        Column("linear VAE [nats]", lambda row: number(row.linear_elbo)),
+        Column("nats/dim", lambda row: number(row.linear_elbo / num_dimensions)),
+        Column("active", lambda row: number(row.trained_active_directions, ".4g")),
+        Column("units", lambda row: number(row.trained_active_units, ".4g")),
+        Column(
+            "ELBO [nats]",
+            lambda row: None if row.trained_elbo is None else spread(row.trained_elbo, row.trained_elbo_sd),
+        ),
+    )
+
+
+def sweep_notes(summary: Summary) -> list[str]:
+    """Sentences that explain the columns of `SWEEP`."""
+    first, found = summary.rows[0], titles(SWEEP, summary.rows)
+    seeds = first.num_seeds
+    spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    notes = [
+        f"ELBO = log p(x|z) - KL, in nats, higher is better: {spread}, on {summary.num_test_examples} test "
+        "examples. sigma: the final one, mean over seeds and, where it varies, over dimensions. best sigma: the root "
+        f"mean squared error, which is optimal for these reconstructions. Both in the unit {summary.unit}. active "
+        f"units: latent dimensions in use, out of {summary.latent_size}."
+    ]
+    if first.elbo_paper is not None:
+        notes.append(
+            f"The paper drops the density's constant (n/2) log 2 pi, n = {summary.num_dimensions}: its ELBO is higher "
+            "by that."
+        )
+    if "IW bound" in found:
+        notes.append(f"IW bound: importance-weighted, with {summary.num_importance_samples} draws.")
+    if summary.entropy is not None:
+        notes.append(
+            f"gap: the exact log p(x) minus the ELBO. No model exceeds -H(x) = {-summary.entropy:.4f} nats on "
+            "average. due to sigma: the part of the gap that no networks can close at this one fixed sigma, at least."
+        )
+    if "to model" in found:
+        notes.append(
+            "The gap is also the sum of two parts, on "
+            f"{summary.num_evidence_examples} examples. to model: the KL from the true density to the model's. to "
+            "posterior: the model's log p(x) minus the ELBO."
+        )
+    if "sharpness" in found:
+        notes.append(
+            "sharpness: Laplacian energy of reconstructions divided by that of the originals; 1 is as sharp. sample "
+            "noise: root mean square distance between generated samples and their means. Both use "
+            f"{min(100, summary.num_test_examples)} images."
+        )
+    if summary.levels is None:
+        return notes
+    if summary.kind == Kind.DENSITY:
+        notes.append(
+            f"These ELBOs are of densities at the pixel values k/{summary.levels - 1}, not likelihoods of images: as a "
+            f"likelihood, no ELBO can exceed n ln {summary.levels} = {first.bound:.1f} nats."
+        )
+    if first.is_code:
+        notes.append(
+            f"bits/dim: a bound on the code length of the {summary.levels} grey levels, from the probabilities that "
+            f"the model gives them, whatever it was trained with; uniform noise has {math.log2(summary.levels):.4g}."
+        )
+    else:
+        notes.append(f"bits/dim = (n ln {summary.levels} - ELBO) / (n ln 2) is not a code length here.")
+    if summary.histograms:
+        notes.append("The histograms count the grey levels of the training split. They know nothing of the image.")
+    if first.elbo_paper is None:
+        notes.append(
+            "sigma belongs to the distribution before rounding. best sigma uses means clipped to [0, 1]: it is not "
+            "optimal here."
+        )
+    return notes
+
+
+def histograms(summary: Summary) -> list[dict[str, str]]:
+    """The lines below the rows of a sweep, cells by title: they have bits alone."""
+    return [{"": title, "bits/dim": f"{bits:.4f}"} for title, bits in summary.histograms.items()]
+
+
+def sphere_notes(summary: SphereSummary) -> list[str]:
+    """Sentences that explain the columns of `SPHERE`."""
+    seeds = summary.rows[0].num_seeds
+    return [
+        "start, sigma: at the start and at the end, in units of the critical one, R / sqrt(n). radius: mean norm of "
+        "the decoder's outputs, z drawn from the prior; posterior: for z ~ q(z|x) of "
+        f"{summary.num_test_examples} test examples. exact, best: Theorem 1's, for an F-VAE of this sigma with ideal "
+        "networks." + (f" +-: standard deviation over {seeds} seeds." if seeds > 1 else "")
+    ]
+
+
+def realism_notes(quality: Quality) -> list[str]:
+    """Sentences that explain the columns of `REALISM`."""
+    seeds = f"mean +- standard deviation over {quality.num_seeds} seeds" if quality.num_seeds > 1 else "of one seed"
+    return [
+        f"Against the test split, {quality.num_images} images of each, {seeds}. samples: x ~ p(x|z), z ~ p(z), "
+        "clipped to [0, 1]; means: of p(x|z). precision, recall: improved, k = 3, and Frechet distance, all of the "
+        "features of a classifier trained on this data set's labels, test accuracy "
+        f"{quality.classifier_accuracy:.4f}: it is no FID, and compares only within this table."
+    ]
+
+
+def titles(columns: Sequence[Column[AnyRow]], rows: Sequence[AnyRow]) -> list[str]:
+    """The titles of the columns in which any row has a cell."""
+    return [column.title for column in columns if any(column.cell(row) is not None for row in rows)]
+
+
+def text(
+    columns: Sequence[Column[AnyRow]],
+    rows: Sequence[AnyRow],
+    *,
+    more: Sequence[Mapping[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """The table for the console, without columns that are empty. `more` are lines below it, cells by title."""
+    shown = titles(columns, rows)
+    lines = _cells(columns, rows, shown, more)
+    align = ["left", *["right"] * (len(shown) - 1)]
+    # The titles go as a line: tabulate would widen every column by its padding of headings.
+    table = tabulate.tabulate([shown, *lines], tablefmt="plain", disable_numparse=True, colalign=align)
+    return "\n".join([table, *(textwrap.fill(note, 118) for note in notes)])
+
+
+def markdown(
+    columns: Sequence[Column[AnyRow]],
+    rows: Sequence[AnyRow],
+    *,
+    more: Sequence[Mapping[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """The same in Markdown."""
+    shown = titles(columns, rows)
+    lines = [[literal(cell) for cell in line] for line in _cells(columns, rows, shown, more)]
+    return "\n\n".join([grid(shown, lines), *(["\n".join(map(literal, notes))] if notes else [])])
+
+
+def _cells(
+    columns: Sequence[Column[AnyRow]], rows: Sequence[AnyRow], shown: Sequence[str], more: Sequence[Mapping[str, str]]
+) -> list[list[str]]:
+    lines = [[column.cell(row) or "" for column in columns if column.title in shown] for row in rows]
+    return lines + [[line.get(title, "") for title in shown] for line in more]
+
+
+def grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown of cells that are Markdown."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (titles, *lines)]
+    return tabulate.tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
+
+
+def literal(text: str) -> str:
+    """Text as Markdown: no star is markup, and a spread stays on its line."""
+    return text.replace("*", "\\*").replace(" +- ", "&nbsp;±&nbsp;")
