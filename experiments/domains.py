@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.loop import Pictures
+from experiments.programs import Pictures
 from experiments.results import Limits, ToyMeasures
 from lvae_jax import datasets, figures, measures, toy
 from lvae_jax import vae as vae_lib

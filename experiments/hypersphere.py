@@ -24,9 +24,10 @@ from absl import flags
 
 from experiments import command, loop, options, tables
 from experiments.options import Option, Range, at_least
+from experiments.programs import Group, Programs
 from experiments.results import SphereMember, SphereResult, SphereRow, SphereSummary
 from experiments.variants import VARIANTS
-from lvae_jax import datasets, figures, likelihoods, runs, theory
+from lvae_jax import datasets, figures, likelihoods, runs, theory, training
 from lvae_jax import vae as vae_lib
 
 GROUP = "the experiment"
@@ -54,7 +55,13 @@ class Config(NamedTuple):
     ] = None
 
 
-def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], None] = print) -> SphereSummary:
+def run(
+    config: Config,
+    *,
+    run_dir: str | None = None,
+    echo: Callable[[str], None] = print,
+    pace: loop.Pace = loop.PACE,
+) -> SphereSummary:
     """Runs, resumes or reports the experiment.
 
     Raises:
@@ -64,7 +71,7 @@ def run(config: Config, *, run_dir: str | None = None, echo: Callable[[str], Non
 
     def compute(path: Path) -> SphereSummary:
         runs.make_run(path, config._asdict())
-        return train_all(config, path)
+        return train_all(config, path, pace)
 
     return command.run(config, "hypersphere", run_dir, SphereSummary, compute=compute, table=table, echo=echo)
 
@@ -92,7 +99,7 @@ def make_vae(variant: str, dim: int, latent_size: int, sigma: Any) -> vae_lib.VA
     return vae_lib.mlp_vae((dim,), VARIANTS[variant].head(sigma), latent_size=latent_size)
 
 
-def train_all(config: Config, path: Path) -> SphereSummary:
+def train_all(config: Config, path: Path, pace: loop.Pace) -> SphereSummary:
     """Trains all models, if any are asked for, and draws the figures; returns the summary."""
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     members: list[SphereMember] = []
@@ -104,12 +111,12 @@ def train_all(config: Config, path: Path) -> SphereSummary:
             dataset = datasets.sphere_stream(dim, radius=config.radius)
             sigmas = {"f": np.array(config.sigma) * critical, "ls": np.array([config.radius, 0.5 * critical])}
             for variant, values in sigmas.items():
-                group = loop.Group(f"{variant}-{dim}", np.tile(seeds, len(values)), np.repeat(values, len(seeds)))
+                group = Group(f"{variant}-{dim}", np.tile(seeds, len(values)), np.repeat(values, len(seeds)))
                 bar.set_description(f"n = {dim}, {variant.upper()}-VAE")
                 model = functools.partial(make_vae, variant, dim, config.latent_size or dim - 1)
-                programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
-                states, _ = loop.fit(path, group, programs, dataset, None, **steps, bar=bar)
-                members += evaluate(variant, group, programs, states, dataset, config.radius)
+                programs = Programs(dataset, model, num_steps=config.num_steps, beta=1.0)
+                states, _ = loop.fit(path, group, programs, None, **steps, bar=bar, pace=pace)
+                members += evaluate(variant, group, programs, states, config.radius)
     spheres = [exact(dim, config, [member for member in members if member.dim == dim]) for dim in config.dims]
     drawings = {"objective": figures.objective_map(spheres), "radius": figures.radius_and_elbo(spheres)}
     for name, figure in drawings.items():
@@ -125,17 +132,16 @@ def train_all(config: Config, path: Path) -> SphereSummary:
 
 def evaluate(
     variant: str,
-    group: loop.Group,
-    programs: loop.Programs,
-    states: Any,
-    dataset: datasets.Dataset,
+    group: Group,
+    programs: Programs,
+    states: training.TrainState,
     radius: float,
 ) -> list[SphereMember]:
     """The scores of each member on the test split, with the radius of its decoder's outputs, z drawn from the prior or
     from the posterior of these examples, beside the exact values for its sigma."""
-    dim = dataset.shape[0]
-    scores = vae_lib.summary(loop.evaluate(group, programs, states, dataset)[0])
-    pictures = programs.pictures(group.seeds, group.sigmas, states, dataset.test)
+    (dim,) = programs.dataset.shape
+    scores = vae_lib.summary(programs.evaluate(group, states)[0])
+    pictures = programs.pictures(group, states, programs.dataset.test)
     norms, posterior_norms = (np.linalg.norm(x, axis=-1) for x in (pictures.sample_means, pictures.reconstructions))
     critical = theory.critical_sigma(radius=radius, dim=dim)
     members = []

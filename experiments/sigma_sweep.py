@@ -22,6 +22,7 @@ import tqdm
 from absl import flags
 
 from experiments import command, domains, hosts, loop, options, report, sweep
+from experiments.programs import Group, Programs
 from experiments.results import POINTS, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
 from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
@@ -41,8 +42,9 @@ def run(
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
     echo: Callable[[str], None] = print,
+    pace: loop.Pace = loop.PACE,
 ) -> Summary:
-    """Runs, resumes or reports the sweep.
+    """Runs, resumes or reports the sweep. The folders are those of `datasets.load`.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
@@ -57,7 +59,7 @@ def run(
         record = imported_record(config, path)
         dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
         runs.make_run(path, config._asdict())
-        return train_all(config, path, dataset, record, echo)
+        return train_all(config, path, dataset, record, echo, pace)
 
     name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
     return command.run(config, name, run_dir, Summary, compute=compute, table=report.table, echo=echo)
@@ -146,14 +148,19 @@ def imported_record(config: Config, path: Path) -> Record | None:
 
 
 def train_all(
-    config: Config, path: Path, dataset: datasets.Dataset, record: Record | None, echo: Callable[[str], None]
+    config: Config,
+    path: Path,
+    dataset: datasets.Dataset,
+    record: Record | None,
+    echo: Callable[[str], None],
+    pace: loop.Pace,
 ) -> Summary:
     """Trains and evaluates every variant, echoes its results when it is done, and draws the figures; returns the
     summary.
 
     `record` is sigma(t) of LS runs elsewhere; those of this sweep take its place, and are written to ls_sigma.npy.
     """
-    train = loop.place(dataset)
+    train = loop.place(dataset, pace)
     order = [variant for variant in VARIANTS if variant in config.variants]
     programs = compile_all(config, dataset, order)
     if record is not None:
@@ -174,7 +181,7 @@ def train_all(
             begin = trained if VARIANTS[variant].after_leader else None
             groups = sweep.groups(config, variant, record, trained=begin)
             errors = {member.seed: member.mse for member in members if member.variant == LEADER}
-            done = train_variant(config, path, variant, groups, programs[variant], dataset, train, errors, bar)
+            done = train_variant(config, path, variant, groups, programs[variant], train, errors, bar, pace)
             if VARIANTS[variant].leads:
                 record, trained = done.record, done.weights
                 keep_record(path, record)
@@ -196,24 +203,22 @@ def kind_of(config: Config) -> Kind:
     return Kind.DEQUANTISED if config.dequantize else Kind.DISCRETISED if config.discretise else Kind.DENSITY
 
 
-def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str]) -> dict[str, loop.Programs]:
+def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str]) -> dict[str, Programs]:
     """The programs of each variant; variants that differ only in the values of sigma share theirs."""
     names = ("num_steps", "learning_rate", "decay", "sigma_rate", "clip_norm", "warmup_steps", "ema_decay")
     training_options: dict[str, Any] = {name: getattr(config, name) for name in names}
     warmup = optax.linear_schedule(0.0, config.beta, sweep.half_way(config))
-    compiled: dict[Any, loop.Programs] = {}
+    compiled: dict[Any, Programs] = {}
     for variant in order:
         program = VARIANTS[variant].program
         if program not in compiled:
             make = sweep.model(config, variant, dataset.shape)
             beta = warmup if VARIANTS[variant].warmup else config.beta
-            compiled[program] = loop.compile_programs(
-                dataset, make, beta=beta, dequantised=config.dequantize, **training_options
-            )
+            compiled[program] = Programs(dataset, make, beta=beta, dequantised=config.dequantize, **training_options)
     return {variant: compiled[VARIANTS[variant].program] for variant in order}
 
 
-def check_checkpoints(config: Config, path: Path, programs: Mapping[str, loop.Programs]) -> None:
+def check_checkpoints(config: Config, path: Path, programs: Mapping[str, Programs]) -> None:
     """Raises if a checkpoint of the run cannot be restored: before any work, not after the variants before it.
 
     Raises:
@@ -239,12 +244,12 @@ def train_variant(
     config: Config,
     path: Path,
     variant: str,
-    groups: Sequence[loop.Group],
-    programs: loop.Programs,
-    dataset: datasets.Dataset,
+    groups: Sequence[Group],
+    programs: Programs,
     train: Any,
     errors: Mapping[int, float],
     bar: tqdm.tqdm,
+    pace: loop.Pace,
 ) -> Trained:
     """Trains and evaluates the groups of a variant. `train` is what `loop.place` returned; `errors` are those of
     `evaluate`.
@@ -259,8 +264,8 @@ def train_variant(
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     continued = any(VARIANTS[other].after_leader for other in config.variants)
     for group in groups:
-        states, sigmas = loop.fit(path, group, programs, dataset, train, **schedule, bar=bar)
-        group_members, group_panels = evaluate(config, variant, group, programs, states, dataset, errors)
+        states, sigmas = loop.fit(path, group, programs, train, **schedule, bar=bar, pace=pace)
+        group_members, group_panels = evaluate(config, variant, group, programs, states, errors)
         if continued and VARIANTS[variant].leads:
             weights.append(jax.device_get(states.weights))
         sigmas[:, -1] = [member.sigma_max for member in group_members]
@@ -317,10 +322,9 @@ def keep_record(path: Path, record: Record) -> None:
 def evaluate(
     config: Config,
     variant: str,
-    group: loop.Group,
-    programs: loop.Programs,
+    group: Group,
+    programs: Programs,
     states: training.TrainState,
-    dataset: datasets.Dataset,
     errors: Mapping[int, float],
 ) -> tuple[list[Member], list[figures.Panel]]:
     """The final scores and diagnostics of each member on the whole test split, and its pictures of the first test
@@ -329,13 +333,14 @@ def evaluate(
     Raises:
       runs.RunError: a result is not finite.
     """
-    scores, found, code_elbo = loop.evaluate(group, programs, states, dataset)
+    dataset = programs.dataset
+    scores, found, code_elbo = programs.evaluate(group, states)
     columns = {name: values for name, values in vae_lib.summary(scores)._asdict().items()}
     columns |= found._asdict() | {"best_sigma": np.sqrt(columns["mse"])}
     if code_elbo is not None:
         columns["code_elbo"] = code_elbo.mean(axis=-1)
     if config.num_importance_samples:
-        bound = functools.partial(loop.importance_bound, group, programs, states, dataset)
+        bound = functools.partial(programs.importance_bound, group, states)
         columns["importance_bound"] = bound(num_samples=config.num_importance_samples).mean(axis=-1)
         if code_elbo is not None and not config.discretise:
             bounds = bound(num_samples=config.num_importance_samples, as_code=True)
@@ -344,12 +349,12 @@ def evaluate(
     if config.evidence:
         assert domain.log_prob is not None, "checked"
         x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
-        evidence, columns["evidence_error"] = loop.evidence(group, programs, states, x)
+        evidence, columns["evidence_error"] = programs.evidence(group, states, x)
         columns["model_gap"] = np.mean(domain.log_prob(jnp.asarray(x))[None] - evidence, axis=-1)
         columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
     shown = dataset.test[: domain.num_pictures]
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
-    pictures = jax.device_get(programs.pictures(group.seeds, group.sigmas, states, shown))
+    pictures = programs.pictures(group, states, shown)
     columns |= domain.measure(pictures, data, dataset)
     for name, values in columns.items():
         if not np.isfinite(np.asarray(values, np.float64)).all():

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import domains, loop, results
+from experiments import domains, results
 from experiments.options import Option, Range, at_least, from_none_to, positive
+from experiments.programs import Group
 from experiments.results import Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, runs, training
@@ -272,7 +273,7 @@ def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any
 
 def groups(
     config: Config, variant: str, record: Record | None, *, trained: vae_lib.Params | None = None
-) -> list[loop.Group]:
+) -> list[Group]:
     """The sweep members of a variant, all together or, as the data ask for, each alone; of one that is swept, every
     sigma with every seed.
 
@@ -288,7 +289,7 @@ def groups(
         assert record is not None, "the leader comes before its followers"
         sigmas = of_variant.follow(record, half_way(config))
 
-    def group(name: str, part: slice) -> loop.Group:
+    def group(name: str, part: slice) -> Group:
         def begin(params: vae_lib.Params) -> vae_lib.Params:
             taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), trained)
             return params | {
@@ -296,7 +297,7 @@ def groups(
                 "decoder": params["decoder"] | {"first": taken["decoder"]},
             }
 
-        return loop.Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
+        return Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
 
     if not domains.of(config.dataset).alone:
         return [group(variant, slice(None))]

@@ -100,6 +100,7 @@ SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_swee
 MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
+PROGRAMS = "experiments/programs.py"
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
@@ -188,7 +189,7 @@ MUTANTS = [
     Mutant("no_samples", GENERATE, "if num_samples < 1:", "if num_samples < 0:", NOT_THERE),
     Mutant("no_classifier_steps", QUALITY, "if classifier_steps < 1:", "if classifier_steps < 0:", BAD_FLAGS),
     # The experiments, from end to end
-    Mutant("wrong_split", LOOP, "over_split(examine, dataset.test,", "over_split(examine, dataset.train,", IMAGE_RUN),
+    Mutant("wrong_split", PROGRAMS, "score_chunk, self.dataset.test,", "score_chunk, self.dataset.train,", IMAGE_RUN),
     Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", IMAGE_RUN),
     Mutant("saved_at_another_step", LOOP, "checkpoints.save(step,", "checkpoints.save(step - 1,", KEPT),
     Mutant("data_from_the_start_again", LOOP, "range(step, num_steps, fused)", "range(0, num_steps, fused)", IMAGE_RUN),

@@ -17,6 +17,7 @@ import pytest
 import tqdm
 
 from experiments import command, hosts, loop, sigma_sweep
+from experiments.programs import Group, Programs
 from lvae_jax import datasets, likelihoods, networks, runs
 from lvae_jax import vae as vae_lib
 
@@ -66,13 +67,14 @@ class Job:
             self.traces.append(sigma)
             return model(dataset.shape, sigma)
 
-        self.programs = loop.compile_programs(dataset, traced, num_steps=STEPS, beta=1.0, ema_decay=ema_decay)
-        self.group = loop.Group(name, np.asarray(seeds, np.int32), np.asarray(sigmas))
+        self.programs = Programs(dataset, traced, num_steps=STEPS, beta=1.0, ema_decay=ema_decay)
+        self.group = Group(name, np.asarray(seeds, np.int32), np.asarray(sigmas))
 
-    def train(self, folder):
+    def train(self, folder, **pace):
+        pace = loop.Pace(**pace)
         with tqdm.tqdm(disable=True) as bar:
-            arguments = (folder, self.group, self.programs, self.dataset, loop.place(self.dataset))
-            return loop.fit(*arguments, num_steps=STEPS, batch_size=BATCH, bar=bar)
+            arguments = (folder, self.group, self.programs, loop.place(self.dataset, pace))
+            return loop.fit(*arguments, num_steps=STEPS, batch_size=BATCH, bar=bar, pace=pace)
 
     def interrupt(self, folder):
         """Trains until the checkpoint of half of the steps has been made."""
@@ -85,9 +87,8 @@ class Job:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runs, "append_metrics", stop)
-            patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
             with pytest.raises(KeyboardInterrupt):
-                self.train(folder)
+                self.train(folder, checkpoint_seconds=0.0)
 
 
 # Ten members do not divide by four devices.
@@ -106,10 +107,10 @@ def train_all(folder):
         leaves = {f"leaf{index}": leaf for index, leaf in enumerate(jax.tree.leaves(states))}
         np.savez(folder / f"{name}-{jax.process_index()}", record=record, traces=len(job.traces), **leaves)
         if name == "lv":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "RESIDENT_BYTES", 0)
-                assert loop.place(job.dataset) is None
-                jax.tree.map(np.testing.assert_array_equal, job.train(folder / "streamed"), (states, record))
+            streamed = {"resident_bytes": 0.0}
+            assert loop.place(job.dataset, loop.Pace(**streamed)) is None
+            found = job.train(folder / "streamed", **streamed)
+            jax.tree.map(np.testing.assert_array_equal, found, (states, record))
     draws = []
     Job("draws", images(), functools.partial(standard_vae, draws)).train(folder / "draws")
     jax.effects_barrier()

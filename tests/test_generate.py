@@ -16,6 +16,7 @@ import scipy.stats
 from conftest import call, run_command
 
 from experiments import command, generate, loop, sigma_sweep, sweep
+from experiments.programs import Programs
 from lvae_jax import datasets, figures, images, likelihoods, networks, runs, training
 from lvae_jax import vae as vae_lib
 
@@ -72,7 +73,7 @@ def restored(run_dir, member):
     config, _ = sweep.read_run(run_dir)
     dataset = datasets.load(config.dataset, **sweep.data_options(config))
     model = sweep.model(config, member.variant, dataset.shape)
-    programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
+    programs = Programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
     file = run_dir / "ls_sigma.npy"
     record = np.load(file) if file.exists() else None
     groups = sweep.groups(config, member.variant, record)
@@ -160,8 +161,8 @@ def test_weights_are_those_that_the_summary_scored(toy):
         weights = sweep.restore(toy, config, variant, variant, (2,))
         (group,) = sweep.groups(config, variant, None)
         model = sweep.model(config, variant, (2,))
-        programs = loop.compile_programs(dataset, model, num_steps=config.num_steps, beta=1.0)
-        scores, *_ = loop.evaluate(group, programs, training.TrainState(None, weights, None), dataset)
+        programs = Programs(dataset, model, num_steps=config.num_steps, beta=1.0)
+        scores, *_ = programs.evaluate(group, training.TrainState(None, weights, None))
         elbos = [member.elbo for member in members_of(toy, variant=variant)]
         np.testing.assert_allclose(scores.elbo.mean(axis=-1), elbos, rtol=1e-6)
 

@@ -16,9 +16,10 @@ from lvae_jax import vae as vae_lib
 SMALL = hypersphere.Config(dims=(3,), sigma=(0.3, 1.3), radius=2.0, num_seeds=1, seed=3, num_steps=20, batch_size=20)
 
 
-def compute(config, run_dir):
+def compute(config, run_dir, **pace):
     lines = []
-    return hypersphere.run(config, run_dir=str(run_dir), echo=lines.append), "\n".join(lines)
+    summary = hypersphere.run(config, run_dir=str(run_dir), echo=lines.append, pace=loop.Pace(**pace))
+    return summary, "\n".join(lines)
 
 
 def theorem(sigma, radius, dim):
@@ -105,7 +106,6 @@ def test_finished_run_is_only_reported(small_run, monkeypatch):
 
 
 def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     append = runs.append_metrics
 
     def interrupted(run_dir, lines):
@@ -115,7 +115,7 @@ def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path, monkeypat
 
     monkeypatch.setattr(runs, "append_metrics", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compute(SMALL, tmp_path)
+        compute(SMALL, tmp_path, checkpoint_seconds=0.0)
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.setattr(runs, "append_metrics", append)
     resumed, _ = compute(SMALL, tmp_path)
@@ -127,11 +127,11 @@ def test_every_sphere_is_trained(tmp_path, monkeypatch):
     """With every sigma and seed, in units of its own critical sigma; without the training itself."""
     trained = []
 
-    def evaluate(variant, group, programs, states, dataset, radius):
+    def evaluate(variant, group, dataset, states, radius):
         trained.append((group.name, dataset.shape, radius, group.seeds.tolist(), group.sigmas.tolist()))
         return []
 
-    monkeypatch.setattr(loop, "compile_programs", lambda *arguments, **options: None)
+    monkeypatch.setattr(hypersphere, "Programs", lambda dataset, *arguments, **options: dataset)
     monkeypatch.setattr(loop, "fit", lambda *arguments, **options: (None, None))
     monkeypatch.setattr(hypersphere, "evaluate", evaluate)
     compute(SMALL._replace(dims=(2, 5), num_seeds=2), tmp_path)

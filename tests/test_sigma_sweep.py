@@ -20,7 +20,8 @@ import PIL.Image
 import pytest
 from conftest import call, run_command
 
-from experiments import command, domains, hosts, loop, results, sigma_sweep, sweep
+from experiments import command, domains, hosts, loop, programs, results, sigma_sweep, sweep
+from experiments.programs import Group, Programs
 from experiments.results import Summary
 from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
@@ -190,8 +191,8 @@ def test_killed_run_resumes_to_the_same_bits(toy_run, tmp_path):
     """Those of the run that was never killed."""
     config, run_dir = config_of(toy_run)._replace(variants=("f", "ls")), tmp_path / "run"
     code = (
-        "from experiments import loop, sigma_sweep; loop.CHECKPOINT_SECONDS = 0.0; "
-        f"sigma_sweep.run(sigma_sweep.{config!r}, run_dir={str(run_dir)!r})"
+        "from experiments import loop, sigma_sweep; "
+        f"sigma_sweep.run(sigma_sweep.{config!r}, run_dir={str(run_dir)!r}, pace=loop.Pace(checkpoint_seconds=0.0))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -231,7 +232,7 @@ def test_damaged_checkpoint_stops_the_run_and_is_kept(toy_run, tmp_path):
     ("rate", "num_steps", "message"), [(1e30, 5, "diverged before"), (float("inf"), 1, "diverged in its last steps")]
 )
 def test_divergence_is_an_error(tmp_path, monkeypatch, rate, num_steps, message):
-    monkeypatch.setattr(loop.training, "optimizer", lambda num_steps, **schedule: optax.sgd(rate))
+    monkeypatch.setattr(programs.training, "optimizer", lambda num_steps, **schedule: optax.sgd(rate))
     with pytest.raises(runs.RunError, match=message):
         run_sweep(SMALL._replace(variants=("f",), num_steps=num_steps), tmp_path)
     assert not (tmp_path / "summary.json").exists()
@@ -246,7 +247,7 @@ def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch
     def bound(*args, **options):
         return np.full((1, 4), np.nan)
 
-    monkeypatch.setattr(loop, "importance_bound", bound)
+    monkeypatch.setattr(Programs, "importance_bound", bound)
     config = SMALL._replace(variants=("f",), num_seeds=1, num_importance_samples=2)
     with pytest.raises(runs.RunError, match="importance_bound of f is not finite: its checkpoints are kept"):
         run_sweep(config, tmp_path)
@@ -258,8 +259,7 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
     single = run_sweep(config, tmp_path / "single").members[0]
-    monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
-    fused = run_sweep(config, tmp_path / "fused").members[0]
+    fused = run_sweep(config, tmp_path / "fused", pace=loop.Pace(fuse=True)).members[0]
     assert fused.elbo == pytest.approx(single.elbo, abs=0.1)
     append = runs.append_metrics
 
@@ -269,12 +269,10 @@ def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
         append(run_dir, lines)
 
     monkeypatch.setattr(runs, "append_metrics", interrupted)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(config, tmp_path / "resumed")
+        run_sweep(config, tmp_path / "resumed", pace=loop.Pace(checkpoint_seconds=0.0, fuse=True))
     monkeypatch.setattr(runs, "append_metrics", append)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 60.0)
-    assert run_sweep(config, tmp_path / "resumed").members[0] == fused
+    assert run_sweep(config, tmp_path / "resumed", pace=loop.Pace(fuse=True)).members[0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
 
@@ -286,7 +284,7 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
         optimisers.append({"num_steps": num_steps} | schedule)
         return make(num_steps, **schedule)
 
-    monkeypatch.setattr(loop.training, "optimizer", optimizer)
+    monkeypatch.setattr(programs.training, "optimizer", optimizer)
     options = {"learning_rate": 1e-2, "decay": False, "sigma_rate": 1.0, "clip_norm": 1e-2, "warmup_steps": 3}
     plain = SMALL._replace(variants=("ls",), **options)
     changes = [{}, {"ema_decay": 0.9}, {"bfloat16": True}, {"num_blocks": 2}]
@@ -348,11 +346,10 @@ def test_image_run(tmp_path, monkeypatch):
             stops.remove((lines[0]["group"], lines[0]["step"]))
             raise KeyboardInterrupt  # before the checkpoint: these metrics are written once more
 
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(runs, "append_metrics", interrupted)
     while stops:
         with pytest.raises(KeyboardInterrupt):
-            run_sweep(config, tmp_path / "resumed")
+            run_sweep(config, tmp_path / "resumed", pace=loop.Pace(checkpoint_seconds=0.0))
     monkeypatch.setattr(runs, "append_metrics", append)
     assert run_sweep(config, tmp_path / "resumed").members == whole.members
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "whole")
@@ -463,9 +460,9 @@ def test_held_out_images_are_dequantised(dequantized):
         decoder = networks.Decoder(lambda key: {}, lambda params, z: jnp.zeros((len(z), 8, 8, 1, 1)))
         return vae_lib.VAE(encoder, decoder, likelihoods.fixed(sigma), 1)
 
-    programs = loop.compile_programs(dataset, make_vae, num_steps=1, beta=1.0)
-    seeds, sigmas = np.arange(2, dtype=np.int32), np.ones(2)
-    scores = programs.examine(seeds, sigmas, programs.init(seeds, sigmas), black, np.arange(50)).scores
+    compiled = Programs(dataset, make_vae, num_steps=1, beta=1.0)
+    group = Group("", np.arange(2, dtype=np.int32), np.ones(2))
+    scores, *_ = compiled.evaluate(group, compiled.init(group))
     expected = 1 / 3 / 256**2 if dequantized else 0.0
     assert np.mean(scores.mse) == pytest.approx(expected, rel=0.05)
     assert len(np.unique(scores.mse)) == (100 if dequantized else 1), "noise of its own for each image and seed"
