@@ -61,7 +61,7 @@ COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, RELATIVES, BAD_FLAG, BAD_S
     "bad_input_is_refused",
     "sigma_that_does_not_fit_is_refused",
 )
-SCHEDULES = "tests/test_likelihoods.py::test_a_scheduled_head_is_at_each_step_the_fixed_one"
+SCHEDULES = "tests/test_likelihoods.py::test_scheduled_head_is_at_each_step_the_fixed_one"
 CELLS, MIRRORED = _tests(
     "datasets", "dequantised_pixels_fill_their_cells", "every_other_training_image_is_mirrored_left_to_right"
 )
@@ -91,7 +91,7 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
     "unknown_members_are_refused",
 )
 SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped", "bad_flags")
-ITS_OWN = "-m slow tests/test_quality.py::test_samples_are_the_member_s_own"
+ITS_OWN = "-m slow tests/test_quality.py::test_samples_come_from_their_member"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
 VAE, TOY, RUNS, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "networks"))

@@ -86,7 +86,7 @@ INFORMATION = r"elbo|log_prob|entropy|kl_|bound|evidence|objective"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_docstring_says_what_the_signature_does_not(name):
+def test_docstrings_add_to_the_signature(name):
     function, module = FUNCTIONS[name], importlib.import_module(f"lvae_jax.{name.partition('.')[0]}")
     assert function.__doc__
     signature = inspect.signature(function)

@@ -91,7 +91,7 @@ def test_official_splits_by_number(folder, tmp_path):
     assert isinstance(train, np.memmap)
 
 
-def test_the_splits_are_the_official_ones_and_do_not_overlap():
+def test_splits_are_the_official_ones_and_do_not_overlap():
     """19,867 and 19,962 held-out images, as the data set's paper has them."""
     sizes = {split: len(numbers) for split, numbers in celeba.SPLITS.items()}
     assert sizes == {"train": 162_770, "validation": 19_867, "test": 19_962}
@@ -110,7 +110,7 @@ def test_splits_by_the_list_in_the_folder_or_beside_it(folder, tmp_path, monkeyp
         assert_holds(test, [1, 182637])
 
 
-def test_a_fingerprint_knows_names_sizes_and_splits(folder, tmp_path):
+def test_fingerprint_knows_names_sizes_and_splits(folder, tmp_path):
     first = celeba.fingerprint(str(folder))
     copy = shutil.copytree(folder, tmp_path / "copy" / "folder")
     assert celeba.fingerprint(str(copy)) == first
@@ -131,7 +131,7 @@ def test_a_fingerprint_knows_names_sizes_and_splits(folder, tmp_path):
         ("\n", "line 1: expected"),
     ],
 )
-def test_a_list_that_says_no_split(folder, tmp_path, lines, message):
+def test_partition_list_without_splits(folder, tmp_path, lines, message):
     (folder / "list_eval_partition.txt").write_text(lines)
     assert_refused(folder, tmp_path / "data", message)
 
@@ -185,7 +185,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_with_a_folder_is_named(folder, tmp_path, fault):
+def test_folder_errors_name_their_cause(folder, tmp_path, fault):
     spoil, message = FAULTS[fault]
     spoil(folder)
     assert_refused(folder, tmp_path / "data", message)
@@ -217,7 +217,7 @@ def test_images_are_decoded_once(folder, tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_cache_serves_only_what_made_it(folder, tmp_path):
+def test_cache_serves_only_what_made_it(folder, tmp_path):
     small = load(folder, tmp_path / "data")
     large = load(folder, tmp_path / "data", image_size=20)
     assert (small[0].shape, large[0].shape) == ((2, 16, 16, 3), (2, 20, 20, 3))
@@ -231,7 +231,7 @@ def test_a_cache_serves_only_what_made_it(folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 128, 2000, -1])
-def test_a_cache_cut_short_is_refused_and_kept(folder, tmp_path, size):
+def test_cache_cut_short_is_refused_and_kept(folder, tmp_path, size):
     load(folder, tmp_path / "data")
     file = next((tmp_path / "data" / "celeb_a").glob("*-train-*"))
     os.truncate(file, size % file.stat().st_size)
@@ -243,7 +243,7 @@ def test_a_cache_cut_short_is_refused_and_kept(folder, tmp_path, size):
     assert_holds(load(folder, tmp_path / "data")[0], [1, 162770])
 
 
-def test_a_cache_with_a_garbled_header_is_refused(folder, tmp_path):
+def test_cache_with_a_garbled_header_is_refused(folder, tmp_path):
     load(folder, tmp_path / "data")
     file = next((tmp_path / "data" / "celeb_a").glob("*-train-*"))
     file.write_bytes(file.read_bytes().replace(b"(", b"[", 1))
@@ -251,7 +251,7 @@ def test_a_cache_with_a_garbled_header_is_refused(folder, tmp_path):
         load(folder, tmp_path / "data")
 
 
-def test_a_cache_that_may_not_be_read_is_not_called_damaged(folder, tmp_path, monkeypatch):
+def test_cache_that_may_not_be_read_is_not_called_damaged(folder, tmp_path, monkeypatch):
     load(folder, tmp_path / "data")
 
     def refused(*arguments, **options):
@@ -274,20 +274,20 @@ def full_at_the_end(monkeypatch):
 
 
 @pytest.mark.parametrize("full", [full_from_the_start, full_at_the_end])
-def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, full):
+def test_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, full):
     with monkeypatch.context() as disk:
         full(disk)
         assert_refused(folder, tmp_path / "data", "No space left on device.*make room, or give another `data_dir`")
     load(folder, tmp_path / "data")
 
 
-def test_a_place_that_cannot_be_written(folder, tmp_path):
+def test_place_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "data").write_text("a file")
     with pytest.raises(datasets.DatasetError, match="give another `data_dir`"):
         load(folder, tmp_path / "data")
 
 
-def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
     decoded = []
 
     def face(*arguments, **options):
@@ -304,7 +304,7 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
     assert_holds(load(folder, tmp_path / "data")[0], [1, 162770])
 
 
-def test_the_result_is_never_held_in_memory(folder, tmp_path, monkeypatch):
+def test_result_is_never_held_in_memory(folder, tmp_path, monkeypatch):
     """80 MB through less than 8."""
     for number in range(2, 1202):
         os.link(folder / "000001.jpg", folder / f"{number:06}.jpg")

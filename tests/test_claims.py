@@ -128,7 +128,7 @@ def verdicts(**found):
     return {claim.name: claim.verdict for claim in claims.all_claims(Finished(**found))}
 
 
-def test_numbers_that_tell_the_paper_s_story_make_every_claim_hold():
+def test_claims_hold_for_the_numbers_of_the_paper():
     parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()}
     found = Finished(sphere(lambda relative, exact: exact), parts, {"mnist": image_quality()})
     for claim in claims.all_claims(found):
@@ -136,14 +136,14 @@ def test_numbers_that_tell_the_paper_s_story_make_every_claim_hold():
         assert claim.verdict == "holds"
 
 
-def test_what_was_not_run_has_no_verdict():
+def test_claims_that_were_not_run_have_no_verdict():
     assert set(verdicts().values()) == {"not run"}
     assert verdicts(sphere=sphere(lambda relative, exact: exact)) == {
         name: "holds" if name == "C1" else "not run" for name in verdicts()
     }
 
 
-def test_a_claim_with_an_undecided_check_does_not_hold_whole():
+def test_claim_with_an_undecided_check_does_not_hold_whole():
     def verdict(*answers):
         return claims.Claim("", "", [claims.Check("", answer, "") for answer in answers]).verdict
 
@@ -204,7 +204,7 @@ def test_each_check_fails_where_its_numbers_do(claim, statement, change):
         (claims.annealing, "A geometric schedule", "elbo"),
     ],
 )
-def test_a_difference_within_the_noise_is_undecided(claim, statement, of_ls):
+def test_difference_within_the_noise_is_undecided(claim, statement, of_ls):
     noise = RNG.permutation(np.linspace(-0.2, 0.2, SEEDS))
 
     def change(member):
@@ -225,7 +225,7 @@ def test_c5_needs_jumps_and_their_coincidence():
     assert [check.holds for check in claims.c5({"toy": part})] == [False, None]
 
 
-def test_jumps_that_all_runs_have_at_one_time_are_no_evidence():
+def test_jumps_common_to_all_runs_are_no_evidence():
     part = toy_part()
     jumps = claims.sigma_jumps(part)
     assert jumps.counts == SEEDS * [2]
@@ -237,7 +237,7 @@ def test_jumps_that_all_runs_have_at_one_time_are_no_evidence():
     assert (jumps.coincident, jumps.expected, jumps.p) == (1.0, 1.0, 1.0)
 
 
-def test_the_coincidence_of_jumps_is_judged_by_permutations_of_the_runs():
+def test_coincidence_of_jumps_is_a_permutation_test():
     part = image_part()  # four runs, of 24 orders of which one is right
     assert claims.sigma_jumps(part).p == pytest.approx(1 / 24, rel=0.15)
     members = [member for member in part.summary.members if member.seed < 3]
@@ -281,7 +281,7 @@ def test_maps_of_sigma_are_judged_in_every_seed(change, holds):
     assert [check.holds for check in claims.sharpness_maps({"mnist": image_part(**change)}, {})] == holds
 
 
-def test_models_of_probabilities_are_judged_by_them_and_their_errors():
+def test_models_of_probabilities_are_judged_by_probability_and_error():
     def holds(**change):
         return [check.holds for check in claims.sharpness_maps({}, {"mnist_codes": image_part(**change)})]
 
@@ -290,12 +290,12 @@ def test_models_of_probabilities_are_judged_by_them_and_their_errors():
     assert holds(lv_mse=1.3e-3) == [True, False], "1.14 times the LS-VAE's error"
 
 
-def test_replay_that_repeats_every_seed_is_no_worse():
+def test_exact_replay_is_no_worse():
     copies = toy_part(lambda member: member.update(elbo=-0.75))
     assert claims.annealing(copies)[1].holds is True
 
 
-def test_what_is_compared_together_is_corrected_together():
+def test_comparisons_of_one_claim_are_corrected_together():
     part = toy_part()
     pairs = [(("f_star",), ("ls",), "kl"), (("lv",), ("ls",), "elbo"), (("geometric",), ("replay",), "elbo")]
     expected = statistics.holm(

@@ -53,7 +53,7 @@ def test_images_become_floats_on_the_grid(images):
     np.testing.assert_array_equal(datasets.to_float(np.array([0.5, -3.0], np.float32)), [0.5, -3.0])
 
 
-def test_the_toy_streams_fresh_points_and_holds_out_others():
+def test_toy_streams_fresh_points_and_holds_out_others():
     stream = datasets.load("toy")
     indices = jnp.asarray(stream.indices(0, 0, 50))
     batches = [np.asarray(stream.batch(None, jax.random.key(seed), indices)) for seed in range(2)]
@@ -65,7 +65,7 @@ def test_the_toy_streams_fresh_points_and_holds_out_others():
 
 
 @pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 2.5), (10, 0.1)])
-def test_the_sphere_s_points_have_its_radius_and_are_uniform(dim, radius):
+def test_sphere_points_are_uniform_on_the_sphere(dim, radius):
     stream = datasets.sphere_stream(dim, radius=radius)
     batch = stream.batch(None, KEY, jnp.asarray(stream.indices(0, 0, 10_000)))
     assert stream.shape == (dim,)
@@ -90,7 +90,7 @@ def test_the_sphere_s_points_have_its_radius_and_are_uniform(dim, radius):
             assert stats.kstest(coordinate, stats.uniform(-radius, 2 * radius).cdf).pvalue > 1e-3
 
 
-def test_the_sphere_streams_fresh_points_by_key_and_index_and_holds_out_others():
+def test_sphere_streams_fresh_points_and_holds_out_others():
     stream = datasets.sphere_stream(3)
     indices = jnp.asarray(stream.indices(0, 0, 50))
     batches = [np.asarray(stream.batch(None, jax.random.key(seed), indices)) for seed in (0, 1, datasets.TEST_SEED - 1)]
@@ -135,7 +135,7 @@ def test_every_other_training_image_is_mirrored_left_to_right():
 
 
 @pytest.mark.parametrize("options", [{"flip": True}, {"dequantized": True}, {"flip": True, "dequantized": True}])
-def test_what_is_random_about_an_example_belongs_to_the_step_and_to_its_index(options):
+def test_randomness_of_an_example_depends_on_step_and_index(options):
     dataset = datasets.image_dataset(PICTURES, PICTURES, **options)
     whole = gathered(dataset, KEY, INDEX)
     picked = INDEX[40:10:-1]
@@ -162,7 +162,7 @@ def test_dequantised_pixels_fill_their_cells():
 
 
 @pytest.mark.parametrize("stddev", [0.001, 0.01, 1.0])
-def test_the_density_of_dequantised_pixels_bounds_the_probability_of_the_image(stddev):
+def test_dequantised_density_bounds_the_image_probability(stddev):
     """n pixels under a Gaussian of which the probability of every cell is known."""
     n, k, mean = 3, 200, 200.5 / 256
     density = stats.norm(mean, stddev)

@@ -49,7 +49,7 @@ def test_diagnostics_of_the_exact_posterior_are_in_closed_form():
 
 
 @pytest.mark.parametrize("factor", [0.4, 3.0])
-def test_a_wrong_sigma_shows_in_sigma_factor_and_coverage(factor):
+def test_wrong_sigma_shows_in_sigma_factor_and_coverage(factor):
     scores, details = examined(*linear(SIGMA * factor))
     found, n = diagnostics.summarise(details), len(POINTS)
     np.testing.assert_allclose(
@@ -186,7 +186,7 @@ def test_residuals_of_a_discretised_head_are_not_judged():
     assert collapsed == "posterior collapse: none of the latent dimensions, 2, is active"
 
 
-def test_a_decoder_that_ignores_z_is_diagnosed():
+def test_decoder_that_ignores_z_is_diagnosed():
     vae, _ = linear()
     blind = Encoder(vae.encoder.init, lambda params, x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))))
     vae = vae._replace(encoder=blind, decoder=Decoder(vae.decoder.init, lambda params, z: 0.0 * z[:, :1, None]))

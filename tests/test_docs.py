@@ -109,7 +109,7 @@ def test_flags_exist(page):
     assert set(FLAG.findall(written(page))) <= known
 
 
-def test_the_flags_are_those_of_the_source():
+def test_flags_are_those_of_the_source():
     assert {"sigma", "decay", "nodecay", "run_dir"} <= flags_of("sigma_sweep")
     assert "compare" in flags_of("critical_sigma") - flags_of("sigma_sweep")
     assert {"sigma_sweep", "hypersphere", "critical_sigma", "generate", "quality", "paper"} <= set(EXPERIMENTS)
@@ -135,7 +135,7 @@ def test_names_exist(page):
             pkgutil.resolve_name(f"{package}.{rest}")
 
 
-def test_the_map_has_every_file_in_order():
+def test_map_has_every_file_in_order():
     files = re.findall(r"^\| `([\w/]+\.py)` \|", text("docs/map.md"), flags=re.MULTILINE)
     for package in ("lvae_jax", "experiments"):
         listed = [file for file in files if file.startswith(package)]
@@ -149,7 +149,7 @@ def test_the_map_has_every_file_in_order():
     assert [Path(file).stem for file in files if file.startswith("lvae_jax")] == levels
 
 
-def test_the_manual_knows_the_table():
+def test_manual_knows_the_table():
     """Its columns, and every variant with its title."""
     manual = text("docs/manual.md")
     source = (ROOT / "experiments/tables.py").read_text()
@@ -163,7 +163,7 @@ def test_the_manual_knows_the_table():
     }
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
@@ -174,7 +174,7 @@ def test_ci_finds_its_command(page, package):
     assert sum(package in line for line in lines) == 1
 
 
-def test_the_readmes_code_learns_the_noise(capsys):
+def test_readmes_code_learns_the_noise(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```$", text("README.md"), flags=re.MULTILINE | re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     printed = re.fullmatch(r"ELBO (-\d\.\d{3}) nats, sigma (\d\.\d{3})\n", capsys.readouterr().out)

@@ -60,7 +60,7 @@ def test_chunks_have_one_shape_and_the_fill_is_dropped(examples, chunk_size):
     np.testing.assert_array_equal(scores.elbo, [examples[:, 0], np.arange(SIZE)])
 
 
-def test_draws_belong_to_the_example_s_index(examine, examples):
+def test_draws_depend_on_the_example_index(examine, examples):
     repeated, index = np.repeat(examples[:1], SIZE, axis=0), jnp.arange(SIZE).at[1].set(0)
     scores, _ = examine(repeated, index)
     assert scores.elbo[0] == scores.elbo[1] != scores.elbo[2]
@@ -71,7 +71,7 @@ def test_paper_elbo_drops_the_constant():
     assert evaluation.paper_elbo(784 * -0.9189385332, (28, 28, 1)) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_elbo_at_another_sigma_is_that_of_the_same_networks_under_it(model, examples):
+def test_elbo_at_another_sigma_is_that_of_the_same_networks(model, examples):
     """Of fixed heads that differ in nothing else, to the same draws of z."""
     learned, params = model
     decoder = Decoder(learned.decoder.init, lambda params, z: learned.decoder.apply(params, z)[..., :1])
@@ -93,7 +93,7 @@ def test_elbo_at_another_sigma_is_that_of_the_same_networks_under_it(model, exam
 
 
 @pytest.mark.parametrize(("mse", "kl", "n"), [(0.04, 3.0, 2), (2.5, 0.0, 784), (1e-6, 7.0, 1)])
-def test_the_best_sigma_to_be_moved_to_is_the_root_mean_squared_error(mse, kl, n):
+def test_best_other_sigma_is_the_root_mean_squared_error(mse, kl, n):
     options = {"mse": mse, "kl": kl, "num_dimensions": n}
     found = optimize.minimize_scalar(
         lambda log_sigma: -evaluation.elbo_at(np.exp(log_sigma), **options) / n,
@@ -229,7 +229,7 @@ def test_uniform_noise_costs_8_bits_in_every_convention(shape):
 
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5])
 @pytest.mark.parametrize("k", [0, 100, 255])
-def test_a_dequantised_rate_bounds_the_rate_of_the_mass_of_the_bin(sigma, k):
+def test_dequantised_rate_bounds_the_discretised_rate(sigma, k):
     p = stats.norm(100.5 / 256.0, sigma)
     u = (np.arange(2000) + 0.5) / 2000
     dequantised = evaluation.rate(p.logpdf((k + u) / 256.0).mean(), (1,), kind=Kind.DEQUANTISED)

@@ -30,14 +30,14 @@ def limits():
     return float(collapsed), -toy.entropy()
 
 
-def test_an_equinox_vae_learns_the_toy_and_its_sigma(limits):
+def test_equinox_vae_learns_the_toy_and_its_sigma(limits):
     equinox_vae = pytest.importorskip("examples.equinox_vae", reason="needs equinox")
     elbo, sigma = equinox_vae.main(num_steps=300, num_test=2000)
     assert limits[0] + 0.5 < elbo < limits[1] + 0.1
     assert 0.05 < sigma < 0.8, "the head's parameter has moved from 1 with the networks"
 
 
-def test_haiku_networks_serve_the_library_s_vae(limits):
+def test_haiku_networks_in_the_vae(limits):
     haiku_vae = pytest.importorskip("examples.haiku_vae", reason="needs dm-haiku")
     scores = haiku_vae.main(num_steps=300, num_test=2000)
     assert limits[0] + 0.5 < scores.elbo < limits[1] + 0.1
@@ -88,7 +88,7 @@ def test_own_parts_train_in_an_own_loop():
     np.testing.assert_allclose([float(row["sigma"]) for row in rows], sigmas, atol=1e-4)
 
 
-def test_an_own_head_is_the_laplace_distribution():
+def test_own_head_is_the_laplace_distribution():
     head = bring_your_own.laplace(lambda step: 0.2 + 0.1 * step)
     params = head.update(head.init(), jnp.int32(3), jnp.float32(1.0))
     outputs, x = jax.random.normal(jax.random.key(0), (5, 2, 1)), jax.random.normal(jax.random.key(1), (5, 2))
@@ -121,7 +121,7 @@ def test_gradients_by_sigma():
     np.testing.assert_allclose(slope, 2.0 * (scores.mse / scores.sigma_mean**2 - 1.0), rtol=1e-4)
 
 
-def test_a_vmapped_sweep_obeys_theorem_1():
+def test_vmapped_sweep_obeys_theorem_1():
     sigmas, scores = vmapped_sweep.main(num_steps=400, ratios=(0.4, 1.2))
     best = theory.best_elbo(sigmas, dim=3)
     variance = sigmas**2
@@ -132,7 +132,7 @@ def test_a_vmapped_sweep_obeys_theorem_1():
     assert scores.kl[1] < 0.02
 
 
-def test_a_member_of_the_vmapped_sweep_is_a_run_of_its_own():
+def test_member_of_the_vmapped_sweep_is_a_run_of_its_own():
     sigmas, swept = vmapped_sweep.main(num_steps=5, ratios=(0.3, 0.9))
     train = jax.jit(vmapped_sweep.train, static_argnums=1)
     for member, sigma in enumerate(sigmas):
@@ -140,7 +140,7 @@ def test_a_member_of_the_vmapped_sweep_is_a_run_of_its_own():
             np.testing.assert_allclose(ours[member], alone, rtol=2e-4)
 
 
-def test_a_sharded_batch_trains_to_the_same_numbers():
+def test_sharded_batch_trains_to_the_same_numbers():
     code = "from examples import sharded_batch; import jax; print(jax.device_count(), sharded_batch.main(num_steps=10))"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

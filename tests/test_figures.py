@@ -63,7 +63,7 @@ def test_images(channels):
     assert strips[0].images[0].get_clim() == (0.0, 1.0)
 
 
-def test_images_of_one_sigma_have_no_map_of_it():
+def test_images_with_one_sigma_have_no_sigma_map():
     fixed, vector = panel("F-VAE", (4, 4, 1)), panel("LV-VAE", (4, 4, 1))
     fixed = fixed._replace(reconstruction_stddevs=np.full_like(fixed.data, 0.7))
     figure = figures.image_panels([fixed, vector], unit="mm")
@@ -97,7 +97,7 @@ def test_losses_lay_out_any_number_of_rows(count):
     assert height < 13
 
 
-def test_sigma_and_elbo_share_their_steps_and_ignore_the_first_losses():
+def test_sigma_and_elbo_share_an_axis_of_steps():
     curve = curves(steps=50)
     curve.elbo[:, 0] = -1e5
     figure = figures.sigma_and_elbo({"LS-VAE": curve}, unit="toy length")
@@ -151,7 +151,7 @@ def test_elbo_against_sigma():
     assert high > -0.1
 
 
-def test_every_model_has_a_colour_of_its_own_and_none_is_grey():
+def test_models_have_distinct_colours_and_none_is_grey():
     titles = [f"model {index}" for index in range(8)]
     points = {title: (np.array([0.1 + index]), np.array([-1.0])) for index, title in enumerate(titles[1:])}
     figure = figures.elbo_against_sigma(
@@ -162,7 +162,7 @@ def test_every_model_has_a_colour_of_its_own_and_none_is_grey():
     assert not {matplotlib.colors.to_hex(name) for name in ("grey", "tab:gray", "black")} & set(colours)
 
 
-def test_a_model_has_one_colour_in_all_figures():
+def test_model_has_one_colour_in_all_figures():
     colours = {"LV-VAE": "C2", "LS-VAE": "C1", "F-VAE": "C0"}
     points = {title: (np.array([0.1]), np.array([-1.0])) for title in ("F-VAE", "LS-VAE")}
     over_sigma = figures.elbo_against_sigma(
@@ -212,7 +212,7 @@ def test_elbo_against_sigma_of_any_variants_alone(points, lines):
 STDDEVS = np.array([2.0, 1.0, 0.5, 0.1])
 
 
-def test_directions_count_the_stddevs_above_sigma_and_show_trained_models():
+def test_directions_figure_counts_stddevs_above_sigma():
     elbos = -np.log(GRID)
     trained = np.array([[0.3, 1.5], [3.0, 1.0], [-2.0, -4.0]])
     figure = figures.directions(STDDEVS, GRID, elbos, trained=trained, unit="pixel on [0, 1]")

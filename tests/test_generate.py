@@ -188,7 +188,7 @@ def test_default_is_first_seed_of_every_row(toy, by_default):
             assert len(np.unique(np.asarray(image.convert("L")))) > 50
 
 
-def test_sigma_is_the_member_s(toy, by_default):
+def test_sigma_is_that_of_the_member(toy, by_default):
     record = np.load(toy / "ls_sigma.npy")
     stddevs = {name: np.load(toy / "generated" / f"{name}.npz")["stddevs"] for name in by_default.files}
     for name, sigma in {

@@ -153,7 +153,7 @@ def test_no_steps_draw_exact_figures(tmp_path):
 
 
 @pytest.mark.parametrize(("dim", "radius"), [(2, 1.0), (3, 3.0), (10, 3.0)])
-def test_curves_are_theorem_1_s(dim, radius):
+def test_curves_are_those_of_theorem_1(dim, radius):
     member = filled(SphereMember, dim=dim, variant="f", relative_sigma=0.5, radius=2.4, elbo=-1.5)
     drawn = hypersphere.exact(dim, hypersphere.Config(radius=radius), [member])
     inner = drawn.sigma[::25]
@@ -171,7 +171,7 @@ def test_curves_are_theorem_1_s(dim, radius):
     np.testing.assert_allclose([sigmas[0], radii[0], elbos[0]], [0.5, 2.4 / radius, -1.5])
 
 
-def test_rows_are_numpy_s_means_over_seeds():
+def test_rows_are_means_over_seeds():
     rng = np.random.default_rng(0)
     names = ("sigma", "relative_sigma", "radius", "posterior_radius", "exact_radius", "elbo", "exact_elbo", "kl")
     members = [

@@ -34,7 +34,7 @@ def test_fake_images_have_structure_and_are_always_the_same(shape):
 
 
 @pytest.mark.parametrize("name", ["celeb_a", "omniglot/none"])
-def test_labels_that_are_not_there(name, tmp_path):
+def test_missing_labels(name, tmp_path):
     message = "has no `label`, one class for each image" if name == "celeb_a" else "unknown data set"
     with pytest.raises(datasets.DatasetError, match=message) as error:
         images.tfds_labels(name, data_dir=str(tmp_path))

@@ -386,7 +386,7 @@ def pixel_outputs(head, *shape):
 # A stddev of a bin lies between these sigmas: the Taylor series of the mass serves from there on.
 @every_discretised
 @pytest.mark.parametrize(("sigma", "shape"), [(0.003, (2,)), (0.003, SHAPE), (0.03, SHAPE)])
-def test_discretised_log_prob_is_that_of_scipys_masses(make, sigma, shape):
+def test_discretised_log_prob_matches_scipy(make, sigma, shape):
     outputs = pixel_outputs(make(), 5, *shape)
     distribution = reference(make, sigma, outputs)
     noise = 2.0 * np.random.default_rng(0).normal(size=(5, *shape))
@@ -404,7 +404,7 @@ def test_discretised_log_prob_is_that_of_scipys_masses(make, sigma, shape):
 
 
 @every_discretised
-def test_the_256_probabilities_sum_to_one(make):
+def test_256_probabilities_sum_to_one(make):
     for sigma in (1e-10, 1e-4, 0.001, 0.03, 0.3, 4.0, 100.0):
         masses = probabilities(make, sigma)
         assert masses.max() <= 1.0
@@ -669,7 +669,7 @@ def test_scalar_heads_of_one_sigma_are_one_density(make):
 
 
 @every_head
-def test_a_vmapped_sweep_is_the_loop_over_sigma(make):
+def test_vmapped_sweep_is_the_loop_over_sigma(make):
     sigmas, outputs = jnp.geomspace(0.01, 1.0, 3), pixel_outputs(make(), 5, *SHAPE)
     x = jnp.full((5, *SHAPE), 100 / 255)
     together = jax.vmap(functools.partial(start, make), in_axes=(0, None, None))(sigmas, outputs, x)
@@ -709,7 +709,7 @@ def test_learned_map_settles_at_each_dimensions_mean_squared_error():
     assert jnp.all((above < -0.03) & (below > 0.03))
 
 
-def test_learned_map_gains_half_the_dimensions_times_the_spread_of_log_errors():
+def test_learned_map_gain_is_the_closed_form():
     head, outputs, x, v = map_of_errors()
     scalar, gain = likelihoods.learned_scalar(), 6.0 * (np.log(v.mean()) - np.log(v).mean())
     of_v, of_mean = (
@@ -880,7 +880,7 @@ SCHEDULES = {  # name: (schedule, its definition in float64)
 
 
 @pytest.mark.parametrize(("schedule", "definition"), SCHEDULES.values(), ids=SCHEDULES)
-def test_a_scheduled_head_is_at_each_step_the_fixed_one(schedule, definition):
+def test_scheduled_head_is_at_each_step_the_fixed_one(schedule, definition):
     scheduled = likelihoods.fixed(schedule)
     outputs, x, update = jnp.zeros((4, 2, 1)), jax.random.normal(KEY, (4, 2)), jax.jit(scheduled.update)
     params = scheduled.init()

@@ -53,7 +53,7 @@ def test_frechet_distance_of_diagonal_gaussians():
     assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
-def test_frechet_distance_of_orthogonal_lines_is_the_sum_of_their_variances():
+def test_frechet_distance_of_orthogonal_lines():
     """Singular covariances without a common direction, where their product is 0."""
     line = RNG(0).normal(size=(20, 1))
     line -= line.mean()
@@ -151,7 +151,7 @@ def test_disjoint_sets():
     assert measures.precision_and_recall(real, RNG(1).normal(size=(70, 8)) + 100.0) == (0.0, 0.0)
 
 
-def test_a_model_that_drops_half_of_the_data_has_precision_but_half_the_recall():
+def test_dropping_half_of_the_data_halves_the_recall():
     """Two clusters far apart, of which only one is generated, by points of the set itself."""
     points = RNG(0).normal(size=(200, 4))
     real = np.concatenate([points[:100], points[100:] + 1000.0])
@@ -159,7 +159,7 @@ def test_a_model_that_drops_half_of_the_data_has_precision_but_half_the_recall()
     assert measures.precision_and_recall(real[:100], real) == (0.5, 1.0)
 
 
-def test_a_collapsed_model_has_precision_but_no_recall():
+def test_collapsed_model_has_precision_but_no_recall():
     real = RNG(0).normal(size=(100, 4))
     collapsed = np.repeat(real.mean(0, keepdims=True), 50, axis=0)
     assert measures.precision_and_recall(real, collapsed, k=20) == (1.0, 0.0)
@@ -208,7 +208,7 @@ def test_on_a_line_it_is_optimal_transport(size_a, size_b):
 
 
 @pytest.mark.parametrize(("size_a", "size_b"), [(300, 300), (300, 470)])
-def test_on_a_line_it_is_no_less_than_w1_and_as_much_where_all_mass_moves_alike(size_a, size_b):
+def test_sliced_wasserstein_bounds_w1_on_a_line(size_a, size_b):
     a, b = RNG(0).normal(size=size_a), 2.0 * RNG(1).normal(size=size_b) + 1.0
     assert distance(a[:, None], b[:, None]) > stats.wasserstein_distance(a, b)
     shifted = np.repeat(a, 3) + 0.7  # the same distribution, moved, in a larger set
@@ -235,7 +235,7 @@ def test_isotropic_gaussians(dim):
     assert centred == pytest.approx(0.5, rel=0.02), "the same in every direction"
 
 
-def test_a_shift_has_its_own_mean_over_directions_and_more_of_them_come_nearer():
+def test_sliced_wasserstein_of_a_shift_converges_in_directions():
     a, shift = RNG(0).normal(size=(50, 3)), np.array([3.0, 0.0, 4.0])
 
     def errors(num_directions):
@@ -286,7 +286,7 @@ SET = np.ones((5, 2)) * np.arange(5.0)[:, None]
     ],
 )
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_refused(call, message):
+def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -34,7 +34,7 @@ def inputs(shape):
 
 
 @pairs
-def test_a_pair_starts_near_the_prior_and_near_zero(name):
+def test_pair_starts_near_the_prior_and_near_zero(name):
     encoder, decoder, shape, params = pair(name)
     mean, log_stddev = encoder.apply(params[0], inputs(shape))
     assert mean.shape == log_stddev.shape == (4, 3)
@@ -113,7 +113,7 @@ def test_two_decoders_side_by_side(name):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(of_second["second"]))
 
 
-def test_a_learned_variance_costs_only_twice_the_output_channels():
+def test_learned_variance_costs_only_twice_the_output_channels():
     def sizes(outputs):
         params = jax.eval_shape(networks.conv_decoder((28, 28, 1), outputs, 256).init, jax.random.key(0))
         return {jax.tree_util.keystr(path): leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -123,7 +123,7 @@ def test_a_learned_variance_costs_only_twice_the_output_channels():
     assert [two[name] / one[name] for name in differing] == [2.0, 2.0]  # one kernel and its bias
 
 
-def test_the_paper_s_sizes():
+def test_sizes_of_the_paper():
     def shapes(network):
         return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))]
 
@@ -132,7 +132,7 @@ def test_the_paper_s_sizes():
         assert sum(len(shape) == 4 for shape in shapes(network)) == 3 + 2 * 4
 
 
-def test_celeba_s_sizes():
+def test_sizes_for_celeba():
     def convolutions(network):
         return [
             leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))) if leaf.ndim == 4
@@ -192,7 +192,7 @@ def test_transposed_convolutions_are_flax_s(size, dtype):
     )
 
 
-def test_the_decoder_s_parameters_have_flax_s_names():
+def test_decoder_parameters_have_the_names_of_flax():
     params = jax.eval_shape(networks.conv_decoder((28, 28, 1), 1, 4).init, jax.random.key(0))["params"]
     assert {name for name in params if "Transpose" in name} == {f"ConvTranspose_{index}" for index in range(3)}
 
@@ -206,7 +206,7 @@ def test_transposed_convolutions_cover_all_pixels_alike():
     np.testing.assert_allclose(inside, jnp.full_like(inside, inside.max()), rtol=1e-5)
 
 
-def test_the_posterior_s_stddev_is_bounded():
+def test_posterior_stddev_is_bounded():
     encoder = networks.mlp_encoder((2,), 2, width=8, num_blocks=1)
     params = jax.tree.map(lambda leaf: 100.0 * leaf, jax.jit(encoder.init)(jax.random.key(0)))
     _, log_stddev = jax.jit(encoder.apply)(params, 1e6 * jax.random.normal(jax.random.key(1), (50, 2)))

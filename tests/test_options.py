@@ -65,7 +65,7 @@ def test_flags_have_types_and_defaults(defined):
     }
 
 
-def test_value_of_a_list_that_is_no_number(defined):
+def test_list_values_that_are_not_numbers(defined):
     with pytest.raises(command.UsageError, match="--sizes=8,x: every value must be a whole number"):
         defined("--sizes=8,x")
 

@@ -69,7 +69,7 @@ def archives(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_archives_are_complete(archives):
+def test_archives_are_complete(archives):
     wheel, sdist = archives
     with zipfile.ZipFile(wheel) as file:
         shipped = set(file.namelist())
@@ -86,7 +86,7 @@ def test_the_archives_are_complete(archives):
 
 
 @pytest.mark.slow
-def test_the_wheel_works_in_an_empty_environment(archives, tmp_path):
+def test_wheel_works_in_an_empty_environment(archives, tmp_path):
     """Its dependencies are this environment's, by a path file: downloading them again would test nothing of ours."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"

@@ -82,7 +82,7 @@ def test_classifier_is_a_function_of_its_key():
     assert np.abs(one - other).max() > 1e-3
 
 
-def test_features_are_the_image_s_own(classifier):
+def test_features_depend_on_their_image_alone(classifier):
     features = classifier.features(SEEN)
     assert features.shape == (128, 64)
     np.testing.assert_allclose(classifier.features(SEEN[5:8]), features[5:8], rtol=1e-5, atol=1e-5)
@@ -152,7 +152,7 @@ def generators(finished):
 
 
 @pytest.mark.slow
-def test_samples_are_the_member_s_own(generators, finished):
+def test_samples_come_from_their_member(generators, finished):
     """Their distance to the means is the member's sigma, which the summary has."""
     all_means = {}
     for member in finished[1].members:
@@ -244,7 +244,7 @@ def test_command_ends_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_classifier_s_features_are_all_that_its_last_layer_sees():
+def test_features_are_the_input_of_the_last_layer():
     network, x = quality.FeatureNetwork(10), jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
     params, apply = jax.jit(network.init)(jax.random.key(0), x), jax.jit(network.apply)
     features, logits = apply(params, x)

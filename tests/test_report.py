@@ -83,7 +83,7 @@ def toys(parts):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_row_is_numpy_s_mean_of_members(kind):
+def test_row_is_the_mean_of_its_members(kind):
     part = members("ls", importance_bound=-1.0)
     row = report.row(part, SHAPES[kind], **as_row(kind))
     for name in ("elbo", "log_likelihood", "kl", "mse", "sigma", "sigma_max", "best_sigma", "active_units"):
@@ -136,7 +136,7 @@ def test_rows_pool_seeds():
 # The limits of the toy
 
 
-def test_gap_and_sigma_s_share(monkeypatch):
+def test_gap_and_its_part_due_to_sigma(monkeypatch):
     monkeypatch.setattr(toy, "best_elbo", best_elbo)
     rows = [
         report.with_limits(filled(Row, variant=variant, sigma=sigma, elbo=-1.2), -0.35)
@@ -156,7 +156,7 @@ def test_gap_and_sigma_s_share(monkeypatch):
     assert wide.sigma_gap[1] - wide.sigma_gap[0] < 0.01
 
 
-def test_sigma_s_share_of_an_independent_model():
+def test_part_due_to_sigma_bounds_an_independent_model():
     """An independent model: a mixture of N(curve(u), sigma^2 I), u uniform, which EM may only improve."""
     sigma = 0.1
     u = (np.arange(4000) + 0.5) / 2000.0 - 1.0

@@ -19,12 +19,12 @@ KINDS = [kind for kind in vars(results).values() if isinstance(kind, type) and i
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.parent.name)
-def test_a_shipped_summary_is_read_and_written_unchanged(file):
+def test_shipped_summary_is_read_and_written_unchanged(file):
     assert results.read(file, Summary).to_json() == json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_what_is_written_is_read(kind):
+def test_results_survive_a_round_trip(kind):
     value = filled(kind)
     text = json.dumps(value.to_json())
     assert kind.from_json(json.loads(text)) == value
@@ -57,7 +57,7 @@ def test_levels_of_old_runs(kind, levels):
     ("content", "message"),
     [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"rows": []}', "of an older version: repeat the run")],
 )
-def test_a_file_that_holds_something_else(tmp_path, content, message):
+def test_other_files_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "quality.json").write_text(content)
     with pytest.raises(runs.RunError, match=message) as error:
         results.read(tmp_path / "quality.json", Quality)

@@ -16,7 +16,7 @@ def contents(path):
     return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def test_the_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
+def test_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
     path = tmp_path / "deep" / "run"
     assert runs.find_run(path, FLAGS, defaults={}) is None
     assert not path.exists()
@@ -26,7 +26,7 @@ def test_the_same_flags_open_the_same_run_until_it_is_finished(tmp_path):
     assert runs.find_run(path, FLAGS, defaults={}) == {"rows": []}
 
 
-def test_a_flag_that_came_later_has_its_default_in_a_run_from_before(tmp_path):
+def test_new_flags_have_their_defaults_in_old_runs(tmp_path):
     runs.make_run(tmp_path, FLAGS)
     runs.write_json(tmp_path / "summary.json", {"rows": []})
     defaults = {"sigma": (0.5,), "widths": (8, 8)}
@@ -40,7 +40,7 @@ def test_a_flag_that_came_later_has_its_default_in_a_run_from_before(tmp_path):
 
 
 @pytest.mark.parametrize("prepare", ["other flags", "other files", "a file", "damaged flags"])
-def test_what_belongs_to_something_else_is_refused_and_untouched(tmp_path, prepare):
+def test_foreign_directories_are_refused_and_untouched(tmp_path, prepare):
     path = tmp_path / "run"
     if prepare == "a file":
         path.write_text("mine")
@@ -73,7 +73,7 @@ def test_metrics_survive_an_interruption_and_are_rewound_by_group(tmp_path):
     assert runs.read_metrics(tmp_path) == [row for row in rows if row["group"] == "lv" or row["step"] == 1]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "summary.json"
     runs.write_json(file, {"elbo": 1.0})
     with pytest.raises(ValueError, match="JSON"):
@@ -97,7 +97,7 @@ def saved(tmp_path):
     return tmp_path / "checkpoints" / "ls"
 
 
-def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
+def test_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     folder = saved(tmp_path)
     with runs.Checkpoints(tmp_path, "ls") as checkpoints:
         assert checkpoints.step == 8
@@ -110,13 +110,13 @@ def test_the_newest_checkpoint_comes_back_to_the_bit(tmp_path):
     assert runs.Checkpoints(tmp_path, "lv").step is None
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
     with pytest.raises(runs.RunError, match="damaged, or of another shape or version: repeat"):
         runs.Checkpoints(tmp_path, "ls").restore(tree(size=5))
 
 
-def test_a_checkpoint_cut_short_is_refused_and_kept(tmp_path):
+def test_checkpoint_cut_short_is_refused_and_kept(tmp_path):
     folder = saved(tmp_path)
     for file in folder.rglob("*"):
         if file.is_file() and file.stat().st_size > 100:

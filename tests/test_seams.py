@@ -88,7 +88,7 @@ def test_samples_come_from_the_prior_of_the_model(bimodal):
     np.testing.assert_allclose(lv.generate(KEY, vae, params, num_samples=50)[1], outputs[..., 0], rtol=1e-6)
 
 
-def test_prior_learns_and_one_without_parameters_leaves_no_trace():
+def test_prior_learns_and_adds_no_parameters_without_any():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 2)), jnp.float32)
     vae, optimizer = vae_with(two_normals()), lv.optimizer(5)
     state = lv.init_state(KEY, vae, optimizer)

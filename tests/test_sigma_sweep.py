@@ -238,12 +238,12 @@ def test_divergence_is_an_error(tmp_path, monkeypatch, rate, num_steps, message)
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_gradient_that_overflows_is_an_error(tmp_path):
+def test_overflowing_gradient_is_an_error(tmp_path):
     with pytest.raises(runs.RunError, match="diverged"):
         run_sweep(SMALL._replace(variants=("f",), sigma=(1e-12,)), tmp_path)
 
 
-def test_result_that_is_not_finite_is_an_error_in_one_line(tmp_path, monkeypatch):
+def test_non_finite_result_is_an_error_in_one_line(tmp_path, monkeypatch):
     def bound(*args, **options):
         return np.full((1, 4), np.nan)
 
@@ -293,7 +293,7 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
     assert optimisers == len(changes) * [{"num_steps": 5} | options]
 
 
-def test_finished_checkpoint_keeps_weights_alone_and_is_only_evaluated(toy_run, tmp_path, monkeypatch):
+def test_finished_checkpoint_holds_only_weights(toy_run, tmp_path, monkeypatch):
     config = config_of(toy_run)
     weights = jax.eval_shape(
         functools.partial(vae_lib.init, vae=sweep.model(config, "ls", (2,))(1.0)), jax.random.key(0)

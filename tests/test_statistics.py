@@ -21,7 +21,7 @@ def test_paired_comparisons_are_scipy_s():
     assert statistics.paired(a[:2], b[:2]) is None
 
 
-def test_paired_comparisons_of_what_does_not_vary():
+def test_paired_comparisons_without_variation():
     a = np.random.default_rng(0).standard_normal(10)
     same, shifted = statistics.paired(a, a), statistics.paired(np.ones(10), np.zeros(10))
     assert same == statistics.Paired(0.0, 0.0, 0.0, p=1.0, p_wilcoxon=1.0, effect=0.0, wins=0, num_seeds=10)
@@ -40,7 +40,7 @@ def test_holm_s_correction_by_hand():
     ("low", "high", "expected"),
     [(-0.04, 0.04, True), (0.01, 0.06, None), (-0.06, 0.06, None), (0.06, 0.09, False), (-0.09, -0.06, False)],
 )
-def test_an_interval_is_within_limits_beyond_or_neither(low, high, expected):
+def test_interval_is_within_limits_beyond_or_neither(low, high, expected):
     assert statistics.within(low, high, least=-0.05, most=0.05) is expected
 
 
@@ -68,7 +68,7 @@ def test_jumps_are_found_where_and_as_high_as_they_are():
     ],
     ids=["relaxation", "line", "constant", "low", "falling", "short"],
 )
-def test_a_curve_without_jumps_has_none(values):
+def test_curve_without_jumps_has_none(values):
     indices, rises = statistics.jumps(values)
     assert len(indices) == len(rises) == 0
 

@@ -229,7 +229,7 @@ def test_principal_stddevs_need_an_example():
             function([])
 
 
-def test_the_spheres_critical_sigma_is_its_first_principal_stddev():
+def test_critical_sigma_of_the_sphere_is_its_principal_stddev():
     x = np.random.default_rng(0).standard_normal((200_000, 3))
     x *= 2.0 / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(theory.principal_stddevs([x]), theory.critical_sigma(radius=2.0, dim=3), rtol=0.01)
@@ -237,7 +237,7 @@ def test_the_spheres_critical_sigma_is_its_first_principal_stddev():
 
 @pytest.mark.parametrize("latent_size", [1, 2, 4])
 @pytest.mark.parametrize("sigma", [0.3, 0.8, 1.5, 4.0])
-def test_linear_limit_is_the_largest_likelihood_of_probabilistic_pca(sigma, latent_size):
+def test_linear_limit_is_the_likelihood_of_probabilistic_pca(sigma, latent_size):
     """By an optimiser that knows nothing of eigenvalues, over W in N(x; 0, W W^T + sigma^2 I)."""
     stddevs = np.array([2.0, 1.0, 0.5])
     covariance = np.diag([*stddevs**2, 0.0])

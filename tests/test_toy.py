@@ -133,7 +133,7 @@ def test_critical_sigma_is_the_documented_one(points):
     np.testing.assert_allclose(critical, 1.81, atol=0.01)
 
 
-def test_the_nearest_point_of_the_curve_is_the_nearest():
+def test_nearest_point_of_the_curve_is_the_nearest():
     x = np.random.default_rng(0).uniform([-4.0, -2.0], [4.0, 2.0], (500, 2)).astype(np.float32)
     u = np.float64(toy.nearest(jnp.asarray(x)))
     assert np.abs(u).max() <= 1.0
@@ -142,7 +142,7 @@ def test_the_nearest_point_of_the_curve_is_the_nearest():
     np.testing.assert_allclose(distance, best, atol=2e-6)
 
 
-def test_the_nearest_point_at_a_centre_of_curvature_is_found_too():
+def test_nearest_point_at_a_centre_of_curvature():
     # The circle that touches y = cos x at (0, 1) has radius 1: from its centre the distance has no curvature.
     np.testing.assert_allclose(toy.nearest(jnp.array([[0.0, 0.0]])), 0.0, atol=2e-2)
 
@@ -162,7 +162,7 @@ def test_offsets_undo_displacements_along_the_normal():
         np.testing.assert_allclose(toy.noise_kept(along, x), part, atol=1e-4, err_msg="moved along the tangent")
 
 
-def test_the_band_of_true_points_has_the_true_noise(points):
+def test_band_of_true_points_has_the_true_noise(points):
     x = np.float64(points[:20_000])
     dense = np.linspace(-1.0, 1.0, 40_001)
     distance, u = cKDTree(curve(dense)).query(x)

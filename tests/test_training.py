@@ -140,7 +140,7 @@ def test_rate_rises_on_a_line_and_falls_on_a_half_cosine(warmup_steps, decay):
         (likelihoods.optimal, 1.0),
     ],
 )
-def test_the_average_of_the_weights(head, sigma):
+def test_average_of_the_weights(head, sigma):
     vae, optimizer, learned = model_of(sigma, head), optimizer_of(10), head is likelihoods.learned_scalar
     state = init_state(jax.random.key(0), vae, optimizer, ema_decay=0.4)
     alone = init_state(jax.random.key(0), vae, optimizer)
@@ -249,7 +249,7 @@ def test_beta_may_be_a_function_of_the_step():
         assert_close(by_step, two_steps(0.0, 0.0), rtol=1e-6)
 
 
-def test_a_vmapped_sweep_equals_its_members_alone():
+def test_vmapped_sweep_equals_its_members_alone():
     together, history = members([0, 1, 0], np.array([0.3, 0.3, 1.0]), 6)
     for index, (seed, sigma) in enumerate([(0, 0.3), (1, 0.3), (0, 1.0)]):
         alone, single = members([seed], np.array([sigma]), 6)
@@ -288,7 +288,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("head", "sigma"), PARTS.values(), ids=PARTS)
-def test_a_step_keeps_the_types_of_the_state(head, sigma):
+def test_step_keeps_the_types_of_the_state(head, sigma):
     """Else the second step would compile again."""
     vae, optimizer = make_vae(sigma, head), optimizer_of(10)
     before = jax.eval_shape(lambda: training.init_state(jax.random.key(0), vae, optimizer))
@@ -336,7 +336,7 @@ def test_steps_stay_finite_from_extreme_sigmas_and_data(head):
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, metrics)))
 
 
-def test_a_share_of_the_batch_draws_its_own_noise():
+def test_share_of_the_batch_draws_its_own_noise():
     vae, optimizer, x, key = model_of(0.5), optimizer_of(200), points(), jax.random.key(7)
     state = init_state(jax.random.key(0), vae, optimizer)
     half = BATCH // 2

@@ -223,7 +223,7 @@ def test_results_are_a_function_of_keys():
         assert not np.any(jax.tree.leaves(first)[0] == jax.tree.leaves(other)[0])
 
 
-def test_an_examples_result_does_not_depend_on_its_batch():
+def test_examples_result_does_not_depend_on_its_batch():
     model, params = linear(WRONG[0])
     keys, x, batch = jax.random.split(KEY, len(X)), jnp.array(X), np.array([2, 0])
     for f in (elbo, lambda *args: importance_bound(*args, num_samples=3)):
