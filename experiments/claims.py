@@ -119,6 +119,7 @@ def compare(part: Part, pairs: Iterable[tuple[Chosen, Chosen, str]]) -> list[Ord
         for better, worse, name in pairs
     ]
     tested = [ordering.paired for ordering in found if ordering.paired is not None]
+    # Pairs that could not be tested take no part in the correction.
     p = iter(statistics.holm([each.p for each in tested]))
     p_wilcoxon = iter(statistics.holm([each.p_wilcoxon for each in tested]))
     return [
@@ -307,6 +308,7 @@ def sigma_jumps(part: Part) -> Jumps:
     """The jumps of -log sigma, and of the ELBO by dimension, which a lower log sigma raises by as much."""
     sigmas, elbos = part.curves("sigma_mean", "ls"), part.curves("elbo", "ls") / part.summary.num_dimensions
     falls = [statistics.jumps(-np.log(sigma))[0] for sigma in sigmas]
+    # Steps at which the ELBO of a run jumps, give or take 2 % of the run.
     near = np.zeros(elbos.shape, bool)
     reach = max(1, round(0.02 * elbos.shape[1]))
     for run, elbo in enumerate(elbos):

@@ -139,6 +139,7 @@ def run_path(config: Any, name: str, run_dir: str | None) -> Path:
     """The directory asked for, or one below runs/ whose name is made of `name` and of what in the config, a NamedTuple,
     is not the default: the same command finds its run again, even if it has learned new flags since."""
     given = {key: value for key, value in config._asdict().items() if value != config._field_defaults[key]}
+    # Defaults are left out: a flag that is added later does not move the runs of before.
     digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8]
     return Path(run_dir).expanduser() if run_dir else Path("runs", f"{name}_{digest}")
 

@@ -123,6 +123,7 @@ def measure(config: Config, path: Path, dataset: datasets.Dataset, trained: list
         )
         for sigma, elbo in zip(sigmas, elbos, strict=True)
     ]
+    # Finer than the table, and beyond the critical sigma, to show where the curve becomes flat.
     grid = np.geomspace(min(sigmas[0], 0.01 * stddevs[0]), 1.5 * max(stddevs[0], sigmas[-1]), 400)
     figure = figures.directions(
         stddevs,

@@ -51,6 +51,7 @@ class Domain(NamedTuple):
 
 def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
     """The sharpness of reconstructions and the noise of samples; none for images without any detail."""
+    # Sharpness is relative to the originals: constant images have none.
     data = jnp.asarray(originals)
     if not measures.laplacian_energy(data).any():
         return {}
@@ -66,6 +67,7 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
     the curve, the part of the noise of x that they keep, and the widths of the band of samples in the three regions and
     their sliced Wasserstein distance from the test points."""
     points = jnp.asarray(reconstructions)
+    # The distance from the curve itself, not from the point on it that made x: noise along the curve is no error.
     gap = points - toy.curve(toy.nearest(points))
     return ToyMeasures(
         curve_distance=float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
@@ -84,6 +86,7 @@ def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Da
 def toy_limits(dataset: datasets.Dataset) -> Limits:
     """The entropy, and the measures of as many true points in the place of reconstructions and of samples: those of a
     model that copies, and of a perfect one."""
+    # Other points than those of the test split, which has the key itself.
     key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
     true = np.asarray(dataset.batch(None, key, jnp.arange(TOY.num_pictures)))
     return Limits(entropy=toy.entropy(), true_measures=toy_measures(true, true, true, dataset.test))

@@ -66,6 +66,7 @@ def run(
     members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
     levels = datasets.grey_levels(config.dataset, levels=config.levels)
     given = read_images(images, shape, levels=levels) if images else None
+    # Each checkpoint is restored once, however many of its members generate.
     groups = {member.group: member.variant for member in members}
     weights = {group: sweep.restore(path, config, group, variant, shape) for group, variant in groups.items()}
     record = Generated(
@@ -87,6 +88,7 @@ def run(
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
     }
     for member, name in zip(members, record.files, strict=True):
+        # One program for all members of a variant: sigma is in the parameters.
         params = jax.tree.map(lambda leaf, index=member.member: leaf[index], weights[member.group])
         arrays = jax.device_get(programs[member.variant](key, params=params, x=x))
         runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))

@@ -108,6 +108,7 @@ def train_all(config: Config, path: Path, pace: loop.Pace) -> SphereSummary:
     with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         for dim in config.dims if config.num_steps else ():
             critical = theory.critical_sigma(radius=config.radius, dim=dim)
+            # An LS-VAE that starts above the critical sigma has to fall through it; one that starts below need not.
             dataset = datasets.sphere_stream(dim, radius=config.radius)
             sigmas = {"f": np.array(config.sigma) * critical, "ls": np.array([config.radius, 0.5 * critical])}
             for variant, values in sigmas.items():
@@ -169,6 +170,7 @@ def exact(dim: int, config: Config, members: list[SphereMember]) -> figures.Sphe
     """Theorem 1's curves and objective, with the trained members beside them."""
     unit = theory.critical_sigma(dim=dim)
     top = 1.1 * max(1.5, *config.sigma)
+    # Denser below 1, where the radius falls like the square root of the distance.
     curve = np.unique(np.concatenate([np.linspace(0.05, top, 400), 1.0 - np.geomspace(1e-5, 0.1, 50)]))
     rho, sigma = np.linspace(0.0, 1.2, 241), np.linspace(0.05, 1.5, 291)
     trained = {}

@@ -83,6 +83,7 @@ class Programs:
         }
         self.dataset, self.layout = dataset, layout(dataset)
         self._make_vae, self._dequantised = make_vae, dequantised
+        # The states are donated: a step needs no second copy of them.
         steps = functools.partial(
             training.members_steps, **model, batch=dataset.batch, beta=beta, axis_name=self.layout.axis_name
         )
@@ -153,6 +154,7 @@ class Programs:
         return Pictures(*jax.device_get(self._pictures(group.seeds, group.sigmas, states, x)))
 
     def _over_test_split(self, score_chunk: Callable[..., Any]) -> Any:
+        # About a million values in each chunk of the test split, whatever the size of an example.
         chunk_size = max(1, min(1000, 2**20 // math.prod(self.dataset.shape)))
         return evaluation.over_split(score_chunk, self.dataset.test, chunk_size=chunk_size)
 
@@ -187,6 +189,7 @@ class Programs:
             sigma, params = member
             return vae_lib.evidence(self._make_vae(sigma), params, x, num_nodes=num_nodes)
 
+        # Member by member: the nodes of all at once would not fit into memory.
         return jax.lax.map(one, (sigmas, states.weights))
 
     def _pictures_all(self, seeds: Array, sigmas: Array, states: TrainState, x: Array) -> tuple[Array, ...]:

@@ -117,6 +117,7 @@ def score(
     features: Features, real: Float[np.ndarray, "N D"], generated: Float[np.ndarray, "M H W C"]
 ) -> dict[str, float]:
     """The numbers of generated images, clipped to [0, 1] as they are shown, against the features of real ones."""
+    # Samples leave [0, 1] by the noise of the observation model; a viewer would clip them, too.
     theirs = features(np.clip(generated, 0.0, 1.0))
     frechet = {"classifier_frechet_distance": measures.frechet_distance(real, theirs)}
     return frechet | measures.precision_and_recall(real, theirs)._asdict()
@@ -206,6 +207,7 @@ def generators(path: Path, config: sweep.Config, summary: Summary) -> dict[str, 
         key = datasets.stream_key(member.seed, datasets.Stream.QUALITY)
 
         def generate_many(num_samples: int) -> Generated:
+            # In chunks of one size: one compiled program, and the same images for any number of them.
             keys = [jax.random.fold_in(key, chunk) for chunk in range(-(-num_samples // CHUNK))]
             chunks = [jax.device_get(draw(chunk_key, params)) for chunk_key in keys]
             samples, means = (np.concatenate(parts)[:num_samples] for parts in zip(*chunks, strict=True))

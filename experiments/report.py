@@ -38,6 +38,7 @@ def row(members: Sequence[Member], shape: Sequence[int], *, kind: Kind, levels: 
     first = members[0]
     known = [name for name in AVERAGED if getattr(first, name) is not None]
     mean: dict[str, Any] = {name: float(np.mean([getattr(member, name) for member in members])) for name in known}
+    # The mean of equal floats can differ from them in the last digit, and rows are found by their sigma.
     if VARIANTS[first.variant].swept:
         mean["sigma"] = first.sigma  # exact, as it was asked for
     result = Row(
@@ -87,6 +88,7 @@ def with_limits(row: Row, test_log_prob: float) -> Row:
     """The row of the toy with its gap: the mean log p(x) of the test examples less the ELBO, in nats; and where sigma
     is one number, the part of it that this sigma imposes on any networks, an interval."""
     row = dataclasses.replace(row, gap=test_log_prob - row.elbo)
+    # No one sigma, no limit at it.
     if VARIANTS[row.variant].sigma is Sigma.MAP:
         return row
     low, high = toy.best_elbo(row.sigma)

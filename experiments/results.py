@@ -33,6 +33,7 @@ class Result:
         Raises:
           TypeError: a field without a default is missing.
         """
+        # Newer versions add fields with defaults: files of older and of newer ones can be read.
         kinds = typing.get_type_hints(cls)
         known = [field.name for field in dataclasses.fields(cls) if field.name in values]
         return cls(**{name: _from_json(kinds[name], values[name]) for name in known})

@@ -163,6 +163,7 @@ def train_all(
     train = loop.place(dataset, pace)
     order = [variant for variant in VARIANTS if variant in config.variants]
     programs = compile_all(config, dataset, order)
+    # The run keeps its own copy: it must resume to the same bits if the other run is gone.
     if record is not None:
         keep_record(path, record)
     check_checkpoints(config, path, programs)
@@ -210,6 +211,7 @@ def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str])
     warmup = optax.linear_schedule(0.0, config.beta, sweep.half_way(config))
     compiled: dict[Any, Programs] = {}
     for variant in order:
+        # Sigma is an argument of the programs: variants of one head differ in its values alone.
         program = VARIANTS[variant].program
         if program not in compiled:
             make = sweep.model(config, variant, dataset.shape)
@@ -268,6 +270,7 @@ def train_variant(
         group_members, group_panels = evaluate(config, variant, group, programs, states, errors)
         if continued and VARIANTS[variant].leads:
             weights.append(jax.device_get(states.weights))
+        # The sigma after the last update is known only now: fit leaves this entry to the evaluation.
         sigmas[:, -1] = [member.sigma_max for member in group_members]
         records.append(sigmas)
         members += group_members
@@ -356,6 +359,7 @@ def evaluate(
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
     pictures = programs.pictures(group, states, shown)
     columns |= domain.measure(pictures, data, dataset)
+    # JSON has no NaN: better one line now than a traceback after hours of training.
     for name, values in columns.items():
         if not np.isfinite(np.asarray(values, np.float64)).all():
             raise runs.RunError(

@@ -35,6 +35,7 @@ def paired(a: Float[np.ndarray, " M"], b: Float[np.ndarray, " M"]) -> Paired | N
     if len(gap) < 3:
         return None
     mean, stddev = float(gap.mean()), float(gap.std(ddof=1))
+    # Differences that are equal but for rounding would pass for a huge effect.
     if stddev > 1e-9 * abs(mean):
         test = stats.ttest_1samp(gap, 0.0)
         (low, high), p, effect = test.confidence_interval(0.95), test.pvalue, mean / stddev
@@ -54,6 +55,7 @@ def paired(a: Float[np.ndarray, " M"], b: Float[np.ndarray, " M"]) -> Paired | N
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values, corrected by Holm's step-down for their number."""
+    # The smallest p is multiplied by their number, the next by one less; none may fall below one before it.
     order = np.argsort(values)
     factors = np.arange(len(values), 0, -1)
     corrected = np.empty(len(values))

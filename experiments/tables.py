@@ -219,6 +219,7 @@ def _cells(
 
 def grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown of cells that are Markdown."""
+    # Even within code, a bar would end the cell.
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (titles, *lines)]
     return tabulate.tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
 

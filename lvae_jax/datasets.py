@@ -175,6 +175,7 @@ def check(
             "CelebA's images are cropped to that"
         )
     if name not in ("toy", images.DIGITS) and celeba_dir is None:
+        # Raises for an unknown name, without a download.
         images.tfds_shape(name, data_dir=os.devnull if fake_data else data_dir)
 
 
@@ -221,11 +222,13 @@ def image_dataset(
 
     @functools.lru_cache(maxsize=4)
     def order(seed: int, epoch: int) -> np.ndarray:
+        # A function of (seed, epoch): a resumed run finds its place without any saved state.
         return np.random.default_rng((seed, epoch)).permutation(len(train)).astype(np.int32)
 
     def indices(seed: int, step: int, batch_size: int) -> np.ndarray:
         first, last = step * batch_size, (step + 1) * batch_size
         size = len(train)
+        # A batch may run over the end of an epoch into the next one.
         parts = [
             order(seed, epoch)[max(first - epoch * size, 0) : last - epoch * size]
             for epoch in range(first // size, -(-last // size))
@@ -301,5 +304,6 @@ def dequantize(
     (Theis et al., A note on the evaluation of generative models, ICLR 2016). An ELBO in place of log p keeps the bound.
     u has 16 bits: k + u is then exact in float32; with more bits it could round up to the next level.
     """
+    # Bits instead of a uniform float, which would have 23 of them.
     u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
     return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / float(levels)

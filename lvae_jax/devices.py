@@ -59,6 +59,7 @@ def split_batch(devices: Sequence[jax.Device]) -> Layout:
     Raises:
       ValueError: by `share`, if a batch does not divide by the devices.
     """
+    # A process can only place arrays on devices of its own.
     mesh = _local_mesh(devices)
     whole = NamedSharding(mesh, PartitionSpec())
     ours = [index for index, device in enumerate(devices) if device.process_index == jax.process_index()]
@@ -70,6 +71,7 @@ def split_batch(devices: Sequence[jax.Device]) -> Layout:
         return indices.reshape(steps, members, len(devices), -1)[:, :, ours]
 
     return Layout(
+        # Seeds, sigmas, states and the training data on every device; indices and examples [K, M, D, ...] by device.
         map=functools.partial(
             jax.pmap, axis_name=AXIS, devices=devices, in_axes=(None, None, None, None, 2, 2), out_axes=(None, None)
         ),
@@ -88,6 +90,7 @@ def split_members(devices: Sequence[jax.Device]) -> Layout:
     mesh = _local_mesh(devices)
 
     def parts(num_members: int) -> Int[np.ndarray, "D m"]:
+        # Rounded up; the last device repeats the last member.
         size = -(-num_members // len(devices))
         return np.minimum(np.arange(len(devices) * size), num_members - 1).reshape(len(devices), size)
 
@@ -103,6 +106,7 @@ def split_members(devices: Sequence[jax.Device]) -> Layout:
         return jax.tree.map(merge, jax.device_get(tree))
 
     return Layout(
+        # Members by device; only the training data are the same everywhere.
         map=functools.partial(
             jax.pmap, axis_name=AXIS, devices=devices, in_axes=(0, 0, 0, None, 1, 1), out_axes=(0, 1)
         ),

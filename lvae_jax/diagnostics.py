@@ -74,6 +74,7 @@ class Diagnostics(NamedTuple):
 def details(terms: Terms, *, floor: float) -> Details:
     """The details of each example, given the terms of its bound and the `floor` of the head's stddev."""
     axes = tuple(range(1, terms.residual.ndim))
+    # Two-sided: the central interval of probability p ends at the quantile (1 + p) / 2.
     limits = [NormalDist().inv_cdf(0.5 + 0.5 * probability) for probability in INTERVALS]
     return Details(
         latent_kl=gaussians.kl_to_standard(terms.posterior_mean, terms.posterior_log_stddev).T,
@@ -91,6 +92,7 @@ def summarise(details: Details) -> Diagnostics:
         np.asarray(field, np.float64) for field in details
     )
     mean, mean_square = residual.mean(axis=-1), residual_square.mean(axis=-1)
+    # A rotated latent space spreads one direction over several units: its eigenvalues tell.
     centred = posterior_mean - posterior_mean.mean(axis=-1, keepdims=True)
     covariance = centred @ np.swapaxes(centred, -1, -2) / centred.shape[-1]
     return Diagnostics(
@@ -100,6 +102,7 @@ def summarise(details: Details) -> Diagnostics:
         floor_fraction=at_floor.mean(axis=-1),
         sigma_factor=np.sqrt(mean_square),
         residual_mean=mean,
+        # Rounding can make the difference negative where all residuals are alike.
         residual_stddev=np.sqrt(np.maximum(mean_square - mean**2, 0.0)),
         coverage=covered.mean(axis=-1),
     )
@@ -115,6 +118,7 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False, relative_e
     stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The residuals of a
     `discretised` head are skipped: they use its clipped mean and say little about its probabilities.
     """
+    # Comparisons with NaN are false: without this, a model that diverged would be called calibrated.
     if not all(np.isfinite(field).all() for field in diagnostics):
         return "diverged: a diagnostic is not finite"
     size, factor, bias = diagnostics.latent_kl.shape[-1], diagnostics.sigma_factor, diagnostics.residual_mean
@@ -127,6 +131,7 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False, relative_e
         findings.append(f"sigma at its floor in {diagnostics.floor_fraction:.0%} of the dimensions")
     if discretised:
         return "; ".join(findings) or "calibrated"
+    # Where sigma is wrong, the shape of the residuals follows from that and is not judged.
     if not 1.0 / 1.1 <= factor <= 1.1:
         confidence = "overconfident" if factor > 1.0 else "underconfident"
         findings.append(f"{confidence}: {factor:.3g} times its sigma would be optimal")

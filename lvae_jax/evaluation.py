@@ -51,12 +51,14 @@ def histograms(train: UInt8[np.ndarray, "N *S"], test: UInt8[np.ndarray, "M *S"]
     def count(examples: UInt8[np.ndarray, "N *S"]) -> Int[np.ndarray, "D L"]:
         total = np.zeros((size, levels), np.int64)
         for start in range(0, len(examples), 1000):
+            # One histogram over (dimension, level) pairs, in chunks: 60,000 images as int64 would take 376 MB.
             rows = np.asarray(examples[start : start + 1000]).reshape(-1, size)
             cells = rows + levels * np.arange(size)[None]
             total += np.bincount(cells.ravel(), minlength=total.size).reshape(total.shape)
         return total
 
     def log_prob(seen: Int[np.ndarray, "H L"], asked: Int[np.ndarray, "H L"]) -> float:
+        # Half a count for every level: a level that training never showed must not cost infinitely many nats.
         probabilities = (seen + 0.5) / (seen.sum(axis=1, keepdims=True) + 0.5 * levels)
         return float(np.sum(asked * np.log(probabilities)) / len(test))
 
@@ -94,6 +96,7 @@ def over_split(
     chunk_size = min(chunk_size, size)
     chunks = []
     for start in range(0, size, chunk_size):
+        # Every chunk has the same shape, so that one compiled program serves all.
         index = np.arange(start, start + chunk_size, dtype=np.int32)
         chunks.append(jax.device_get(score_chunk(examples[np.minimum(index, size - 1)], index)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1)[..., :size], *chunks)
@@ -116,6 +119,7 @@ def elbo_at(
     Args:
       mse: mean squared error per dimension. kl: mean KL in nats.
     """
+    # In float64: at a small sigma the error is a difference of large numbers.
     log_stddev = np.log(np.asarray(sigma, np.float64))
     error = 0.5 * mse * np.exp(-2.0 * log_stddev)
     return np.asarray(-num_dimensions * (error + log_stddev + gaussians.HALF_LOG_TWO_PI) - kl)

@@ -202,6 +202,7 @@ def learned_vector(
     def log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         deviation = gain * outputs[..., 1]
         if ramp is not None:
+            # A schedule lives in the parameters, so that checkpoints keep it; no gradient may move it.
             deviation = jax.lax.stop_gradient(params["ramp"]) * deviation
         return clip((start | params)["log_stddev"] + deviation)
 
@@ -236,6 +237,7 @@ def mixture(
     if num_components < 1:
         raise ValueError(f"num_components must be at least 1, got {num_components}")
     clip, log_sigma = _soft_clip(floor), _log(sigma)["log_stddev"]
+    # Components that start alike would have the same gradients, and stay alike.
     spread = np.linspace(-1.0, 1.0, num_components) if num_components > 1 else np.zeros(1)
 
     def components(outputs: Float[Array, "B *S K"]) -> tuple[Array, Array, Array]:
@@ -250,6 +252,7 @@ def mixture(
 
     def stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         means, log_stddevs, log_weights = components(outputs)
+        # Law of total variance: within the components, and between their means.
         gaps = means - mean(params, outputs)[..., None]
         return jnp.sqrt(jnp.sum(jnp.exp(log_weights) * (jnp.exp(2.0 * log_stddevs) + gaps**2), axis=-1))
 
@@ -291,6 +294,7 @@ def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> L
         return jax.tree.map(clip, _log(sigma))
 
     def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
+        # The clip also catches log 0, where reconstructions are exact.
         return {"log_stddev": clip(0.5 * jnp.log(mse))}
 
     return _elementwise(

@@ -22,6 +22,7 @@ def log_prob(x: Float[Array, "..."], mean: Float[Array, "..."], log_stddev: Floa
     [-0.79, -1.52]
     """
     log_scale = log_stddev + LOG_SCALE
+    # By symmetry of |x - mean|, so that the exponential cannot overflow.
     t = jnp.abs(x - mean) * jnp.exp(-log_scale)
     return -t - 2.0 * jnp.log1p(jnp.exp(-t)) - log_scale
 
@@ -40,6 +41,7 @@ def log_bin_mass(
     With s the sigmoid, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)), in which nothing cancels.
     """
     width = jnp.exp(-(log_stddev + LOG_SCALE))
+    # By symmetry in the right tail, where log_sigmoid keeps its digits.
     near, far = ((jnp.abs(x - mean) + half) * width for half in (-0.5, 0.5))
     return jax.nn.log_sigmoid(far) + jax.nn.log_sigmoid(-near) + jnp.log(-jnp.expm1(-width))
 

@@ -33,11 +33,13 @@ def standard_normal() -> Prior:
     """N(0, I), with the KL in closed form."""
 
     def log_prob(params: Params, z: Float[Array, "B L"]) -> Float[Array, " B"]:
+        # Scalars broadcast: no array of zeros is made.
         return jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1)
 
     def kl(
         params: Params, mean: Float[Array, "B L"], log_stddev: Float[Array, "B L"], z: Float[Array, "B L"]
     ) -> Float[Array, " B"]:
+        # The closed form does not need the draws z, and has no sampling noise.
         return jnp.sum(gaussians.kl_to_standard(mean, log_stddev), axis=-1)
 
     def sample(key: Key[Array, ""], params: Params, shape: tuple[int, int]) -> Float[Array, "B L"]:

@@ -119,10 +119,13 @@ def train_step(
 
     def loss(params: Params) -> tuple[Float[Array, ""], vae_lib.Terms]:
         terms = vae_lib.elbo(keys, vae, params, x)
+        # The only mean over examples; all terms are sums over dimensions.
         return jnp.mean(weight * terms.kl - terms.log_likelihood), terms
 
+    # Metrics are of the parameters before the step: they cost no second pass.
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)
     scores = vae_lib.summary(vae_lib.scores(terms, x))
+    # Devices have equal parts of the batch, so that the mean of their means is that of the batch.
     if axis_name is not None:
         gradients = jax.lax.pmean(gradients, axis_name)
         scores = jax.lax.pmean(scores, axis_name)._replace(
@@ -131,6 +134,7 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
+    # After the gradient step, so that the state holds the sigma in force at `step`, which checkpoints then keep.
     params["likelihood"] = vae.likelihood.update(params["likelihood"], step, scores.mse)
     ema = state.ema
     if ema is not None:
@@ -216,6 +220,7 @@ def members_steps(
         examples: UInt8[Array, "B *S"] | None,
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(datasets.stream_key(seed, datasets.Stream.STEP), state.step)
+        # Data and noise from separate keys: streams draw their points from the first.
         data_key, noise_key = jax.random.split(step_key)
         x = batch(examples if train is None else train[indices], data_key, indices)
         first = 0 if axis_name is None else len(x) * jax.lax.axis_index(axis_name)

@@ -146,6 +146,7 @@ def elbo(
     z ~ q(z|x), for which each example has its key. A `condition` goes to encoder and decoder: the bound is then on
     log p(x|condition)."""
     mean, log_stddev = encode(vae, params, x, condition=condition)
+    # A key for each example: its noise then does not depend on the batch, or on the device, that it is in.
     z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
     outputs = decode(vae, params, z, condition=condition)
     head, head_params = vae.likelihood, params["likelihood"]
@@ -206,6 +207,7 @@ def importance_bound(
         outputs = decode(vae, params, z)
         return vae.likelihood.log_prob(params["likelihood"], outputs, x) + log_prior - log_posterior
 
+    # One draw after another: memory for one set of outputs, however many draws.
     log_weights = jax.lax.map(log_weight, jnp.arange(num_samples))
     return jax.nn.logsumexp(log_weights, axis=0) - jnp.log(num_samples)
 
@@ -231,6 +233,7 @@ def evidence(
     def add_row(total: Float[Array, " B"], node: Float[Array, ""]) -> tuple[Float[Array, " B"], None]:
         row = nodes[:, None] if vae.latent_size == 1 else jnp.stack([jnp.full_like(nodes, node), nodes], axis=-1)
         outputs = decode(vae, params, row)
+        # The end nodes weigh as much as the others: beyond `reach` the prior has no mass, so they do not matter.
         log_weight = vae.prior.log_prob(_of_prior(params), row) + vae.latent_size * jnp.log(spacing)
 
         def one(x: Float[Array, "*S"]) -> Float[Array, ""]:
@@ -240,6 +243,7 @@ def evidence(
 
         return jnp.logaddexp(total, jax.vmap(one)(x)), None
 
+    # Row by row: all nodes of the plane at once would need num_nodes times the memory.
     rows = nodes if vae.latent_size == 2 else nodes[:1]
     return jax.lax.scan(add_row, jnp.full(len(x), -jnp.inf), rows)[0]
 
@@ -248,6 +252,7 @@ def reconstruct(
     vae: VAE, params: Params, x: Float[Array, "B *S"], *, condition: Float[Array, "B C"] | None = None
 ) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"]]:
     """The (mean, stddev) of p(x|z) at the posterior's mean, both [B, *S]."""
+    # One z for each example, without noise: what the model keeps of it.
     mean, _ = encode(vae, params, x, condition=condition)
     outputs = decode(vae, params, mean, condition=condition)
     return vae.likelihood.mean(params["likelihood"], outputs), vae.likelihood.stddev(params["likelihood"], outputs)
