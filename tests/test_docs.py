@@ -135,6 +135,13 @@ def test_names_exist(page):
             pkgutil.resolve_name(f"{package}.{rest}")
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_exist(page):
+    source = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", text(page)):
+        assert f"def {name}(" in source, name
+
+
 def test_map_has_every_file_in_order():
     files = re.findall(r"^\| `([\w/]+\.py)` \|", text("docs/map.md"), flags=re.MULTILINE)
     for package in ("lvae_jax", "experiments"):
