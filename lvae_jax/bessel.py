@@ -92,7 +92,7 @@ def _order(dim: int) -> tuple[float, int]:
 
 
 def check_dim(dim: int) -> None:
-    """Raises if there is no sphere in R^dim to speak of.
+    """Raises if R^dim has no sphere of at least one dimension.
 
     Raises:
       ValueError: dim is below 2.

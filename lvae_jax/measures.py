@@ -148,8 +148,8 @@ def laplacian_energy(images: Float[Array, "B H W C"]) -> Float[Array, " B"]:
 
 
 def sharpness(images: Float[Array, "B H W C"], originals: Float[Array, "N H W C"]) -> Float[Array, ""]:
-    """The mean Laplacian energy of images, such as reconstructions or samples, by that of originals: 1 if they are as
-    sharp, below if blurred, above if noisy."""
+    """The mean Laplacian energy of images, such as reconstructions or samples, divided by that of originals: 1 if they
+    are as sharp, below if blurred, above if noisy."""
     return jnp.mean(laplacian_energy(images)) / jnp.mean(laplacian_energy(originals))
 
 

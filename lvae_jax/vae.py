@@ -217,10 +217,9 @@ def evidence(
 ) -> Float[Array, " B"]:
     """log p(x) = log of the integral of p(x|z) p(z) over z in nats, [B], for one or two latent dimensions.
 
-    By the trapezoid rule with `num_nodes` nodes along each dimension from -reach to reach, which have to hold the mass
-    of the prior. Its error falls
-    exponentially once neighbouring nodes are no further apart than the true posterior's stddev; compare with half as
-    many nodes.
+    By the trapezoid rule with `num_nodes` nodes along each dimension from -reach to reach, which must contain the mass
+    of the prior. Its error falls exponentially once neighbouring nodes are no further apart than the stddev of the true
+    posterior; compare with half as many nodes.
 
     Raises:
       ValueError: there are more latent dimensions.
