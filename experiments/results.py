@@ -65,7 +65,7 @@ def read(file: Path, kind: type[AnyResult]) -> AnyResult:
     try:
         return kind.from_json(runs.read_json(file))
     except TypeError:
-        raise runs.RunError(f"{file} is of an older version: repeat the run in another --run_dir") from None
+        raise runs.RunError(f"{file} is of an older version: move it, and repeat the command that wrote it") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

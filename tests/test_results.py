@@ -55,7 +55,11 @@ def test_levels_of_old_runs(kind, levels):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("[1]", "cannot be read"), ('{"rows": []}', "of an older version: repeat the run")],
+    [
+        ("{", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"rows": []}', "of an older version: move it, and repeat the command that wrote it"),
+    ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "quality.json").write_text(content)
