@@ -1,6 +1,7 @@
 """The columns of every table of results, the notes that explain them, and a table as text and as Markdown."""
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -221,7 +222,9 @@ def grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown of cells that are Markdown."""
     # Even within code, a bar would end the cell.
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (titles, *lines)]
-    return tabulate.tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
+    table = tabulate.tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
+    # Without the padding, which one long cell would bring into every row.
+    return re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", table))
 
 
 def literal(text: str) -> str:

@@ -264,10 +264,10 @@ def test_trained_radius(tmp_path):
     config = hypersphere.Config(dims=(2,), sigma=(0.3, 1.3), num_seeds=1, num_steps=1500)
     members = compute(config, tmp_path / "run")[0].members
     below, above = members[:2]
-    assert below["radius"] == pytest.approx(theorem(0.3 / np.sqrt(2.0), 1.0, 2)[0], rel=0.02)
-    assert above["radius"] < 0.02
-    assert above["posterior_radius"] < 0.02
-    assert above["elbo"] == pytest.approx(theorem(1.3 / np.sqrt(2.0), 1.0, 2)[1], abs=0.01)
+    assert below.radius == pytest.approx(theorem(0.3 / np.sqrt(2.0), 1.0, 2)[0], rel=0.02)
+    assert above.radius < 0.02
+    assert above.posterior_radius < 0.02
+    assert above.elbo == pytest.approx(theorem(1.3 / np.sqrt(2.0), 1.0, 2)[1], abs=0.01)
     for member in members:
         assert_not_better_than_theory(member, 1.0)
 
