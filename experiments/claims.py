@@ -81,8 +81,8 @@ class Part(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What was run of a scale. sweeps: toy, toy_plain, `IMAGES` and `CODES` by their names; quality: of their images,
-    by the same names, where it was measured."""
+    """The finished parts of a scale. sweeps: toy, toy_plain, `IMAGES` and `CODES` by their names; quality: of their
+    images, by the same names, where it was measured."""
 
     sphere: SphereSummary | None = None
     sweeps: Mapping[str, Part] = {}
@@ -95,7 +95,7 @@ def poor_optima(elbos: Float[np.ndarray, " M"], *, best: float | None = None) ->
     return int(np.sum((elbos.max() if best is None else best) - elbos > 0.1))
 
 
-Chosen = tuple[Any, ...]  # (variant,) or, of F-VAEs, (variant, sigma)
+Selection = tuple[Any, ...]  # (variant,) or, of F-VAEs, (variant, sigma)
 
 
 class Ordering(NamedTuple):
@@ -110,7 +110,7 @@ def title(variant: str, sigma: float | None = None) -> str:
     return VARIANTS[variant].title + (f" at {sigma:g}" if sigma is not None else "")
 
 
-def compare(part: Part, pairs: Iterable[tuple[Chosen, Chosen, str]]) -> list[Ordering]:
+def compare(part: Part, pairs: Iterable[tuple[Selection, Selection, str]]) -> list[Ordering]:
     """Paired tests of each (better, worse) on the named quantity, with p corrected for their number by Holm."""
     found = [
         Ordering(
@@ -133,7 +133,7 @@ def compare(part: Part, pairs: Iterable[tuple[Chosen, Chosen, str]]) -> list[Ord
 def table_1_orderings(toy: Part) -> list[Ordering]:
     """Those of Table 1: LV > LS > every F; F* below LS, and below the F-VAE of the next larger sigma."""
     final = float(np.mean(toy.values("sigma", "f_star")))
-    pairs: list[tuple[Chosen, Chosen]] = [(("lv",), ("ls",))]
+    pairs: list[tuple[Selection, Selection]] = [(("lv",), ("ls",))]
     pairs += [(("ls",), ("f", sigma)) for sigma in toy.sigmas]
     pairs.append((("ls",), ("f_star",)))
     larger = [sigma for sigma in toy.sigmas if sigma > final]

@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import command, loop, options, tables
+from experiments import command, loop, options, statistics, tables
 from experiments.options import Option, Range, at_least
 from experiments.programs import Group, Programs
 from experiments.results import SphereMember, SphereResult, SphereRow, SphereSummary
@@ -108,8 +108,8 @@ def train_all(config: Config, path: Path, pace: loop.Pace) -> SphereSummary:
     with tqdm.tqdm(total=num_members * config.num_steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         for dim in config.dims if config.num_steps else ():
             critical = theory.critical_sigma(radius=config.radius, dim=dim)
-            # An LS-VAE that starts above the critical sigma has to fall through it; one that starts below need not.
             dataset = datasets.sphere_stream(dim, radius=config.radius)
+            # An LS-VAE that starts above the critical sigma has to fall through it; one that starts below need not.
             sigmas = {"f": np.array(config.sigma) * critical, "ls": np.array([config.radius, 0.5 * critical])}
             for variant, values in sigmas.items():
                 group = Group(f"{variant}-{dim}", np.tile(seeds, len(values)), np.repeat(values, len(seeds)))
@@ -199,17 +199,13 @@ def rows(members: list[SphereMember]) -> list[SphereRow]:
     for member in members:
         parts.setdefault((member.dim, member.variant, member.start), []).append(member)
     names = [field.name for field in dataclasses.fields(SphereResult) if field.name not in ("dim", "variant")]
-
-    def over_seeds_sd(values: list[float]) -> float:
-        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
     return [
         SphereRow(
             dim=dim,
             variant=variant,
             num_seeds=len(part),
-            radius_over_seeds_sd=over_seeds_sd([member.radius for member in part]),
-            elbo_over_seeds_sd=over_seeds_sd([member.elbo for member in part]),
+            radius_over_seeds_sd=statistics.stddev([member.radius for member in part]),
+            elbo_over_seeds_sd=statistics.stddev([member.elbo for member in part]),
             **{name: float(np.mean([getattr(member, name) for member in part])) for name in names},
         )
         for (dim, variant, _), part in parts.items()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from experiments import tables
+from experiments import statistics, tables
 from experiments.results import Member, Row, Scored, Summary
 from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs, toy
@@ -40,27 +40,25 @@ def row(members: Sequence[Member], shape: Sequence[int], *, kind: Kind, levels: 
     mean: dict[str, Any] = {name: float(np.mean([getattr(member, name) for member in members])) for name in known}
     # The mean of equal floats can differ from them in the last digit, and rows are found by their sigma.
     if VARIANTS[first.variant].swept:
-        mean["sigma"] = first.sigma  # exact, as it was asked for
+        mean["sigma"] = first.sigma
     result = Row(
         variant=first.variant,
         diagnosis=_diagnosis([member.diagnosis for member in members]),
         num_seeds=len(members),
-        elbo_sd=float(np.std([member.elbo for member in members], ddof=1)) if len(members) > 1 else 0.0,
+        elbo_sd=statistics.stddev([member.elbo for member in members]),
         elbo_paper=None if kind == Kind.DISCRETISED else evaluation.paper_elbo(mean["elbo"], shape),
         **mean,
     )
     if levels is None:
         return result
-
-    def rate(own: float | None, code: float | None) -> evaluation.Rate | None:
-        """That of probabilities, if there are any: a density's bits are no code length."""
-        if code is not None:
-            return evaluation.rate(code, shape, kind=Kind.DISCRETISED, levels=levels)
-        return None if own is None else evaluation.rate(own, shape, kind=kind, levels=levels)
-
-    own = evaluation.rate(result.elbo, shape, kind=kind, levels=levels)
-    code = rate(result.elbo, result.code_elbo) or own
-    weighted = rate(result.importance_bound, result.code_importance_bound)
+    own = code = evaluation.rate(result.elbo, shape, kind=kind, levels=levels)
+    bound, kind_of_bound = result.importance_bound, kind
+    # The bits of probabilities replace those of a density, which are no code length.
+    if result.code_elbo is not None:
+        code = evaluation.rate(result.code_elbo, shape, kind=Kind.DISCRETISED, levels=levels)
+    if result.code_importance_bound is not None:
+        bound, kind_of_bound = result.code_importance_bound, Kind.DISCRETISED
+    weighted = None if bound is None else evaluation.rate(bound, shape, kind=kind_of_bound, levels=levels)
     return dataclasses.replace(
         result,
         nats_per_dimension=own.nats_per_dimension,

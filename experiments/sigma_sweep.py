@@ -44,7 +44,8 @@ def run(
     echo: Callable[[str], None] = print,
     pace: loop.Pace = loop.PACE,
 ) -> Summary:
-    """Runs, resumes or reports the sweep. The folders are those of `datasets.load`.
+    """Runs, resumes or reports the sweep. The folders are those of `datasets.load`; `pace` is
+    how it uses the machine.
 
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or

@@ -53,6 +53,11 @@ def paired(a: Float[np.ndarray, " M"], b: Float[np.ndarray, " M"]) -> Paired | N
     )
 
 
+def stddev(values: Sequence[float]) -> float:
+    """The standard deviation over seeds, by n - 1; 0 for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """p-values, corrected by Holm's step-down for their number."""
     # The smallest p is multiplied by their number, the next by one less; none may fall below one before it.

@@ -1,4 +1,4 @@
-"""What the best possible VAE can reach, computed exactly: the yardsticks of every experiment.
+"""The limits of the best possible VAE, computed exactly: the yardsticks of every experiment.
 
 Two kinds of data have limits here; `toy` has its own. All lengths share the unit of the data and of sigma; densities
 and ELBOs are in nats.

@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant("noise_of_8_bits", LIKELIHOODS, "(_last_level(levels) * math", "(255.0 * math", "tests/test_levels.py"),
     Mutant("split_not_stratified", IMAGES, "np.arange(np.sum(labels == label))", "0", "tests/test_digits.py"),
     # The experiments, by tests of their parts
-    Mutant("sd_of_the_population", REPORT, "for member in members], ddof=1))", "for member in members]))"),
+    Mutant("sd_of_the_population", STATISTICS, "np.std(values, ddof=1)", "np.std(values)"),
     Mutant("gap_s_sign", REPORT, "test_log_prob - row.elbo", "row.elbo - test_log_prob"),
     Mutant("bonferroni_for_holm", STATISTICS, "np.arange(len(values), 0, -1)", "np.full(len(values), len(values))"),
     Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
