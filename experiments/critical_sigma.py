@@ -174,7 +174,7 @@ def table(summary: CriticalSigma) -> str:
             "Right of it, trained F-VAEs. active, units: principal directions, and dimensions, of the latent space "
             "along which the posterior's mean varies by more than 0.01."
         )
-    return first + "\n" + tables.text(columns, summary.rows, notes=[*notes, *collapse(summary)])
+    return first + "\n" + tables.Table(columns, summary.rows, notes=[*notes, *collapse(summary)]).text()
 
 
 def collapse(summary: CriticalSigma) -> list[str]:

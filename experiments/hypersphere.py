@@ -216,7 +216,7 @@ def table(summary: SphereSummary) -> str:
     """The summary as a table with a note."""
     if not summary.rows:
         return "nothing was trained (--num_steps=0): see the figures"
-    return tables.text(tables.SPHERE, summary.rows, notes=tables.sphere_notes(summary))
+    return tables.sphere(summary).text()
 
 
 def define_flags() -> None:

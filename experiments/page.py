@@ -123,8 +123,7 @@ def compose(
     sphere, toy = finished.sphere, finished.sweeps.get("toy")
     sections += ["## Claims", *(claim_section(claim) for claim in found)]
     if sphere is not None:
-        notes = tables.sphere_notes(sphere)
-        sections += ["## Theorem 1", tables.markdown(tables.SPHERE, sphere.rows, notes=notes), *shown("sphere")]
+        sections += ["## Theorem 1", tables.sphere(sphere).markdown(), *shown("sphere")]
     if toy is not None:
         sections += [
             "## Table 1: the toy",
@@ -150,8 +149,7 @@ def compose(
         heading = f"## Table 2: {name.replace('_codes', ', by probabilities')}"
         sections += [heading, images_table(finished.sweeps[name])]
         if name in finished.quality:
-            quality = finished.quality[name]
-            sections += [tables.markdown(tables.REALISM, quality.rows, notes=tables.realism_notes(quality))]
+            sections += [tables.realism(finished.quality[name]).markdown()]
         sections += shown(name)
     return "\n\n".join(sections) + "\n"
 
@@ -221,8 +219,7 @@ def toy_table(toy: Part) -> str:
         elbos = np.array([member.elbo for member in members_of(toy, row)])
         return f"{claims.poor_optima(elbos)} of {len(elbos)}"
 
-    columns = [*tables.SWEEP, tables.Column("poor optima", poor)]
-    return tables.markdown(columns, toy.summary.rows, notes=tables.sweep_notes(toy.summary))
+    return tables.sweep(toy.summary, tables.Column("poor optima", poor)).markdown()
 
 
 def orderings_table(orderings: Sequence[Ordering]) -> str:
@@ -276,10 +273,5 @@ def images_table(part: Part) -> str:
     def error(row: Row) -> str:
         return over_seeds([part.highest_level * member.best_sigma for member in members_of(part, row)])
 
-    columns: list[tables.Column[Row]] = [
-        *tables.SWEEP,
-        tables.Column("error [grey levels]", error),
-        tables.Column("diagnosis", lambda row: row.diagnosis),
-    ]
-    summary = part.summary
-    return tables.markdown(columns, summary.rows, more=tables.histograms(summary), notes=tables.sweep_notes(summary))
+    diagnosis: tables.Column[Row] = tables.Column("diagnosis", lambda row: row.diagnosis)
+    return tables.sweep(part.summary, tables.Column("error [grey levels]", error), diagnosis).markdown()

@@ -221,7 +221,7 @@ def generators(path: Path, config: sweep.Config, summary: Summary) -> dict[str, 
 
 def table(quality: Quality) -> str:
     """The scores as a table with a note."""
-    return tables.text(tables.REALISM, quality.rows, notes=tables.realism_notes(quality))
+    return tables.realism(quality).text()
 
 
 def define_flags() -> None:

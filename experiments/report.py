@@ -103,8 +103,7 @@ def line(title: str, row: Row) -> str:
 def table(summary: Summary) -> str:
     """The summary as a table with notes."""
     diagnoses = [f"{title}: {rows[0].diagnosis}" for title, rows in by_row(summary.rows).items()]
-    found = tables.text(tables.SWEEP, summary.rows, more=tables.histograms(summary), notes=tables.sweep_notes(summary))
-    return "\n".join([found, *diagnoses])
+    return "\n".join([tables.sweep(summary).text(), *diagnoses])
 
 
 def draw(

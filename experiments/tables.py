@@ -182,40 +182,54 @@ def titles(columns: Sequence[Column[AnyRow]], rows: Sequence[AnyRow]) -> list[st
     return [column.title for column in columns if any(column.cell(row) is not None for row in rows)]
 
 
-def text(
-    columns: Sequence[Column[AnyRow]],
-    rows: Sequence[AnyRow],
-    *,
-    more: Sequence[Mapping[str, str]] = (),
-    notes: Sequence[str] = (),
-) -> str:
-    """The table for the console, without columns that are empty. `more` are lines below it, cells by title."""
-    shown = titles(columns, rows)
-    lines = _cells(columns, rows, shown, more)
-    align = ["left", *["right"] * (len(shown) - 1)]
-    # The titles go as a line: tabulate would widen every column by its padding of headings.
-    table = tabulate.tabulate([shown, *lines], tablefmt="plain", disable_numparse=True, colalign=align)
-    return "\n".join([table, *(textwrap.fill(note, 118) for note in notes)])
+class Table(NamedTuple, Generic[AnyRow]):
+    """A table that the console and the report print alike, without columns that are empty.
+
+    Attributes:
+      more: lines below the rows, cells by title.
+      notes: sentences below the table.
+    """
+
+    columns: Sequence[Column[AnyRow]]
+    rows: Sequence[AnyRow]
+    more: Sequence[Mapping[str, str]] = ()
+    notes: Sequence[str] = ()
+
+    def cells(self) -> list[list[str]]:
+        """The titles, the rows and the lines below."""
+        shown = titles(self.columns, self.rows)
+        columns = [column for column in self.columns if column.title in shown]
+        lines = [[column.cell(row) or "" for column in columns] for row in self.rows]
+        return [shown, *lines, *([line.get(title, "") for title in shown] for line in self.more)]
+
+    def text(self) -> str:
+        """The table for the console."""
+        cells = self.cells()
+        align = ["left", *["right"] * (len(cells[0]) - 1)]
+        # The titles go as a line: tabulate would widen every column by its padding of headings.
+        table = tabulate.tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align)
+        return "\n".join([table, *(textwrap.fill(note, 118) for note in self.notes)])
+
+    def markdown(self) -> str:
+        """The table for the report."""
+        shown, *lines = self.cells()
+        table = grid(shown, [[literal(cell) for cell in line] for line in lines])
+        return "\n\n".join([table, "\n".join(map(literal, self.notes))]).rstrip()
 
 
-def markdown(
-    columns: Sequence[Column[AnyRow]],
-    rows: Sequence[AnyRow],
-    *,
-    more: Sequence[Mapping[str, str]] = (),
-    notes: Sequence[str] = (),
-) -> str:
-    """The same in Markdown."""
-    shown = titles(columns, rows)
-    lines = [[literal(cell) for cell in line] for line in _cells(columns, rows, shown, more)]
-    return "\n\n".join([grid(shown, lines), *(["\n".join(map(literal, notes))] if notes else [])])
+def sweep(summary: Summary, *more: Column[Row]) -> Table[Row]:
+    """The table of a sweep, with `more` columns."""
+    return Table((*SWEEP, *more), summary.rows, histograms(summary), sweep_notes(summary))
 
 
-def _cells(
-    columns: Sequence[Column[AnyRow]], rows: Sequence[AnyRow], shown: Sequence[str], more: Sequence[Mapping[str, str]]
-) -> list[list[str]]:
-    lines = [[column.cell(row) or "" for column in columns if column.title in shown] for row in rows]
-    return lines + [[line.get(title, "") for title in shown] for line in more]
+def sphere(summary: SphereSummary) -> Table[SphereRow]:
+    """The table of `experiments.hypersphere`."""
+    return Table(SPHERE, summary.rows, notes=sphere_notes(summary))
+
+
+def realism(quality: Quality) -> Table[Realism]:
+    """The table of `experiments.quality`."""
+    return Table(REALISM, quality.rows, notes=realism_notes(quality))
 
 
 def grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

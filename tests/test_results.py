@@ -75,7 +75,7 @@ def test_console_and_markdown_have_the_same_cells():
         filled(SphereRow, variant="f", dim=3, radius=0.5, radius_over_seeds_sd=0.25, num_seeds=2),
         filled(SphereRow, variant="f_star", dim=10, radius=1.5, num_seeds=1),
     ]
-    text, marked = tables.text(tables.SPHERE, rows), tables.markdown(tables.SPHERE, rows)
+    text, marked = tables.Table(tables.SPHERE, rows).text(), tables.Table(tables.SPHERE, rows).markdown()
     cells = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     assert cells[1][:2] == ["F-VAE", "3"]
     assert "0.5000 +- 0.2500" in cells[1]
@@ -92,7 +92,7 @@ def test_empty_columns_are_left_out_and_empty_cells_stay_empty():
     assert tables.titles(tables.SWEEP, rows[:1]) == [
         title for title in tables.titles(tables.SWEEP, rows) if title != "IW bound"
     ]
-    heading, first, second = tables.text(tables.SWEEP, rows).splitlines()
+    heading, first, second = tables.Table(tables.SWEEP, rows).text().splitlines()
     end = heading.index("IW bound") + len("IW bound")
     assert (first[end - 7 : end].strip(), second[end - 7 : end]) == ("", "-0.5000")
 
@@ -100,13 +100,14 @@ def test_empty_columns_are_left_out_and_empty_cells_stay_empty():
 def test_lines_below_and_notes():
     rows = [filled(Row, variant="f", bits_per_dimension=2.0)]
     more = [{"": "histogram", "bits/dim": "1.5"}]
-    heading, _, below, *notes = tables.text(tables.SWEEP, rows, more=more, notes=["word " * 60]).splitlines()
+    table = tables.Table(tables.SWEEP, rows, more, ["word " * 60])
+    heading, _, below, *notes = table.text().splitlines()
     assert below.startswith("histogram ")
     assert below.endswith("1.5")
     assert len(below) == len(heading)
     assert len(notes) > 1
     assert max(map(len, notes)) <= 118
-    assert "| histogram |" in tables.markdown(tables.SWEEP, rows, more=more)
+    assert "| histogram |" in table.markdown()
 
 
 def test_cells_cannot_break_a_table():
