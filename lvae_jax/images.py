@@ -2,8 +2,12 @@
 the first two.
 
 Images of TFDS are decoded once, into a `cache` whose name says what made it.
+
+TFDS keeps one format of a data set in a folder. This library needs array_record, which can be read without TensorFlow;
+so that it takes no place from TFDS's default, it prepares into a folder of its own.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -53,7 +57,7 @@ def tfds_images(
     name: str, *, image_size: int | None = None, data_dir: str | None = None, manual_dir: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The train and test images, uint8 [N, H, W, C], of a TFDS data set with a fixed-shape `image` feature, cached in
-    `data_dir` (default ~/tensorflow_datasets).
+    `data_dir` (see `data_folder`).
 
     A data set that TFDS has not prepared yet is downloaded, or taken from the archives in `manual_dir`, and prepared,
     which needs TensorFlow. `image_size` is for CelebA alone, and cuts and scales its images.
@@ -65,24 +69,23 @@ def tfds_images(
     import tensorflow_datasets as tfds  # half a second that the toy need not wait for
 
     builder = _builder(name, data_dir)
-    names = {
-        split: f"{split}-images.npy" if image_size is None else celeba.cache_name(split, image_size)
-        for split in ("train", "test")
-    }
-    files = {split: _beside(builder, name) for split, name in names.items()}
-    if not all(file.exists() for file in files.values()):
-        decoders = None if image_size is None else {"image": tfds.decode.SkipDecoding()}
-        shape = builder.info.features["image"].shape if image_size is None else (image_size, image_size, 3)
-        for (split, file), source in zip(files.items(), _sources(builder, manual_dir, decoders), strict=True):
-            decoded = _examples(source, "image")
-            if image_size is not None:
-                decoded = (
-                    celeba.face(io.BytesIO(jpeg), image_size, name=f"image {index} of {name}'s {split} split")
-                    for index, jpeg in enumerate(decoded)
-                )
-            description = f"decoding {builder.name} {split}"
-            cache.write(file, (len(source), *shape), np.uint8, decoded, description=description)
-    return cache.load(files["train"]), cache.load(files["test"])
+    _prepare(builder, manual_dir)
+    decoders = None if image_size is None else {"image": tfds.decode.SkipDecoding()}
+    shape = builder.info.features["image"].shape if image_size is None else (image_size, image_size, 3)
+
+    def decoded(split: str) -> np.ndarray:
+        source = _source(builder, split, decoders)
+        values = _examples(source, "image")
+        if image_size is not None:
+            values = (
+                celeba.face(io.BytesIO(jpeg), image_size, name=f"image {index} of {name}'s {split} split")
+                for index, jpeg in enumerate(values)
+            )
+        file = f"{split}-images.npy" if image_size is None else celeba.cache_name(split, image_size)
+        description = f"decoding {builder.name} {split}"
+        return cache.array(_beside(builder, file), (len(source), *shape), np.uint8, values, description=description)
+
+    return decoded("train"), decoded("test")
 
 
 def tfds_labels(
@@ -100,14 +103,37 @@ def tfds_labels(
     features = builder.info.features
     if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
         raise DatasetError(f"data set {name!r} has no `label`, one class for each image: give one that has, like mnist")
-    files = {split: _beside(builder, f"{split}-labels.npy") for split in ("train", "test")}
-    if not all(file.exists() for file in files.values()):
-        sources = _sources(builder, manual_dir, {"image": tfds.decode.SkipDecoding()})
-        for (split, file), source in zip(files.items(), sources, strict=True):
-            labels = (np.int32(label) for label in _examples(source, "label"))
-            description = f"reading {builder.name} {split} labels"
-            cache.write(file, (len(source),), np.int32, labels, description=description)
-    return cache.load(files["train"]), cache.load(files["test"])
+    _prepare(builder, manual_dir)
+
+    def read(split: str) -> np.ndarray:
+        source = _source(builder, split, {"image": tfds.decode.SkipDecoding()})
+        labels = (np.int32(label) for label in _examples(source, "label"))
+        description = f"reading {builder.name} {split} labels"
+        return cache.array(
+            _beside(builder, f"{split}-labels.npy"), (len(source),), np.int32, labels, description=description
+        )
+
+    return read("train"), read("test")
+
+
+def gather(source: Any, feature: str | None = None) -> np.ndarray:
+    """The images of any sequence as uint8 [N, H, W, C]: of NumPy arrays, a Grain or Hugging Face source, a list of PIL
+    images. Its items are [H, W] or [H, W, C], all of one shape, or have such an image under the name `feature`.
+
+    Raises:
+      DatasetError: the sequence is empty, or an item is no 8-bit image of the shape of the first.
+    """
+    examples: list[np.ndarray] = []
+    for index, item in enumerate(_items(source)):
+        image = np.asarray(item if feature is None else item[feature])
+        image = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or image.ndim != 3 or (examples and image.shape != examples[0].shape):
+            wanted = "an 8-bit image [H, W] or [H, W, C]" if not examples else f"uint8 {list(examples[0].shape)}"
+            raise DatasetError(f"item {index} is {image.dtype} {list(image.shape)}: give {wanted}")
+        examples.append(image)
+    if not examples:
+        raise DatasetError("the sequence of images is empty: give one or more")
+    return np.stack(examples)
 
 
 def fake_images(shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,45 +167,52 @@ def tfds_shape(name: str, *, data_dir: str | None = None) -> tuple[int, int, int
 
 
 def data_folder(data_dir: str | None) -> Path:
-    """The folder `data_dir`, by default TFDS's, ~/tensorflow_datasets."""
-    import tensorflow_datasets as tfds
-
-    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    """The folder `data_dir`, by default lvae_jax/tensorflow_datasets in the user's folder of caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(data_dir or Path(caches, "lvae_jax", "tensorflow_datasets")).expanduser()
 
 
 def _beside(builder: Any, name: str) -> Path:
-    """Beside the prepared data set, under a name that tells its version."""
+    """Beside the prepared data set, under a name that tells its version and changes with its files."""
     folder = Path(builder.data_path)
-    return folder.with_name(f"{folder.name}-{name}")
+    made_of = cache.key({file.name: file.stat() for file in sorted(folder.iterdir())})
+    return folder.with_name(f"{folder.name}-{made_of}-{name}")
 
 
-def _sources(builder: Any, manual_dir: str | None, decoders: Any) -> list[Any]:
-    """The data sources of the train and test splits, prepared first if need be."""
-    _prepare(builder, manual_dir)
-    missing = {"train", "test"} - set(builder.info.splits)
-    if missing:
-        raise DatasetError(
-            f"data set {builder.name!r} has no {' and no '.join(sorted(missing))} split: give one that has both"
-        )
-    return [builder.as_data_source(split=split, decoders=decoders) for split in ("train", "test")]
+def _source(builder: Any, split: str, decoders: Any) -> Any:
+    """The data source of a split of a prepared data set."""
+    if split not in builder.info.splits:
+        raise DatasetError(f"data set {builder.name!r} has no {split} split: give one that has train and test")
+    return builder.as_data_source(split=split, decoders=decoders)
 
 
 def _examples(source: Any, feature: str) -> Iterator[Any]:
     """The `feature` of each example of a TFDS data source."""
-    for start in range(0, len(source), 1000):
-        try:
-            examples = source.__getitems__(range(start, min(start + 1000, len(source))))
-        except Exception as error:  # whatever array_record and TFDS's decoders raise
-            folder = source.dataset_info.data_dir
-            raise DatasetError(f"the data in {folder} are damaged: delete it, to prepare them again") from error
-        for example in examples:
+    try:
+        for example in _items(source):
             yield example[feature]
+    except Exception as error:  # whatever array_record and TFDS's decoders raise
+        folder = source.dataset_info.data_dir
+        raise DatasetError(f"the data in {folder} are damaged: delete it, to prepare them again") from error
+
+
+def _items(source: Any) -> Iterator[Any]:
+    """The items of a sequence, a thousand at once if it can."""
+    for start in range(0, len(source), 1000):
+        index = range(start, min(start + 1000, len(source)))
+        together = getattr(source, "__getitems__", None)
+        yield from (source[i] for i in index) if together is None else together(index)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     folder = data_folder(data_dir)
+    if data_dir is None:
+        # Data that TFDS has prepared in the right format elsewhere need no second copy.
+        with contextlib.suppress(Exception):
+            there = tfds.builder(name, file_format="array_record")
+            folder = Path(tfds.core.constants.DATA_DIR).expanduser() if there.is_prepared() else folder
     try:
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:  # not found, not installed, not a name, prepared in another format

@@ -160,7 +160,14 @@ FAULTS = {
     "no folder": (shutil.rmtree, "cannot be read .*give the folder that holds 000001"),
     "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("")), "cannot be read"),
     "a link to nowhere": (lambda folder: (folder / "000002.jpg").symlink_to("gone.jpg"), "000002.jpg cannot be read"),
-    "no images": (lambda folder: remove(folder, *OFFICIAL), "no image called like 000001.jpg: give the folder"),
+    "no images": (
+        lambda folder: remove(folder, *OFFICIAL),
+        "no image called like 000001.jpg or .*, nor anything",
+    ),
+    "other files": (
+        lambda folder: (remove(folder, *OFFICIAL), [(folder / f"{i}.webp").write_text("") for i in range(4)]),
+        "or 000001.png, but 0.webp, 1.webp, 2.webp, ...: give the folder img_align_celeba",
+    ),
     "no train images": (
         lambda folder: remove(folder, 1, 162770),
         "train split: add some, officially 000001.jpg to 1627",
@@ -169,8 +176,8 @@ FAULTS = {
     "a number too high": (lambda folder: (folder / "202600.jpg").write_bytes(jpeg(1)), "202600.jpg belongs to none"),
     "cut short": (lambda folder: (folder / "000001.jpg").write_bytes(jpeg(1)[:-1]), "000001.jpg is not a whole JPEG"),
     "empty": (lambda folder: (folder / "000001.jpg").write_bytes(b""), "000001.jpg is not a whole JPEG"),
-    "a PNG": (
-        lambda folder: (folder / "000001.jpg").write_bytes(jpeg(1, kind="PNG")),
+    "a GIF": (
+        lambda folder: (folder / "000001.jpg").write_bytes(jpeg(1, kind="GIF")),
         "000001.jpg is not a whole JPEG",
     ),
     "too large": (
@@ -182,6 +189,25 @@ FAULTS = {
         "000001.jpg has 218 x 178 pixels, .* 178 x 218",
     ),
 }
+
+
+@pytest.mark.parametrize("found", ["a folder of the same name", "PNG", "capitals"])
+def test_folders_as_people_have_them(found, folder, tmp_path):
+    """As Kaggle's archive unpacks, as CelebA's own folder of PNGs, as some programs write endings."""
+    expected = load(folder, tmp_path / "data")
+    if found == "a folder of the same name":
+        given = folder.parent / "nested"
+        shutil.copytree(folder, given / "img_align_celeba")
+    else:
+        given = folder.parent / found
+        given.mkdir()
+        for number in OFFICIAL:
+            if found == "PNG":
+                PIL.Image.open(folder / f"{number:06}.jpg").save(given / f"{number:06}.png")
+            else:
+                shutil.copy(folder / f"{number:06}.jpg", given / f"{number:06}.JPG")
+    for split, same in zip(load(given, tmp_path / "data"), expected, strict=True):
+        np.testing.assert_array_equal(split, same)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

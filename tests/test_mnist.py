@@ -62,7 +62,7 @@ def test_labels(mnist_dir, monkeypatch):
     # How often each digit is known to be there.
     assert np.bincount(labels[0]).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert np.bincount(labels[1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    monkeypatch.setattr(images, "_examples", None)
+    monkeypatch.setattr(images, "_items", None)
     again = images.tfds_labels("mnist", data_dir=mnist_dir)
     np.testing.assert_array_equal(again[0], labels[0])
     assert isinstance(again[1], np.memmap), "read once, mapped from then on"
@@ -111,14 +111,28 @@ def test_partial_chunk_counts(mnist_dir):
     np.testing.assert_array_equal(scores.elbo, test.reshape(10000, -1).sum(axis=1))
 
 
-def test_damaged_caches(mnist_dir, tmp_path):
+@pytest.fixture
+def copy(mnist_dir, tmp_path):
+    """A folder with the prepared data and their caches."""
+    shutil.copytree(mnist_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_damaged_caches(copy):
     for split in ("train", "test"):
-        cache = next(Path(mnist_dir, "mnist").glob(f"*-{split}-images.npy"))
-        copy = tmp_path / "mnist" / cache.name
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(cache.read_bytes()[:5000])
+        cache = next((copy / "mnist").glob(f"*-{split}-images.npy"))
+        cache.write_bytes(cache.read_bytes()[:5000])
     with pytest.raises(datasets.DatasetError, match="damaged: delete"):
-        datasets.load("mnist", data_dir=str(tmp_path))
+        datasets.load("mnist", data_dir=str(copy))
+
+
+def test_data_that_were_prepared_again_are_decoded_again(copy):
+    """Under the same name and version: the files tell."""
+    before = set((copy / "mnist").glob("*-test-images.npy"))
+    shard = next((copy / "mnist").glob("*/*test.array_record*"))
+    os.utime(shard, ns=(1, 1))
+    datasets.load("mnist", data_dir=str(copy))
+    assert len(set((copy / "mnist").glob("*-test-images.npy")) - before) == 1
 
 
 def test_other_file_format(mnist_dir, tmp_path):
