@@ -1,12 +1,13 @@
-"""Data sets as draws of examples: the toy's endless stream, and images.
+"""Data sets as draws of examples: the toy's endless stream, images, and points.
 
 A batch is a pure function of (seed, step) wherever and whenever it is asked for: `indices` names the examples on the
-host, `batch` makes them on the device. Examples are [B, *S] floats: points in the toy's own lengths, or pixels in [0,
-1], dequantised or on the grid k / (levels - 1). Images are kept as grey levels k, uint8.
+host, `batch` makes them on the device. Examples are [B, *S] floats: points in the unit of the data, or pixels in [0,
+1], dequantised or on the grid k / (levels - 1). Images with grey levels k are kept as these, uint8.
 """
 
 import enum
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import celeba, images, toy
+from lvae_jax import celeba, files, images, toy
 from lvae_jax.cache import DatasetError
 
 TEST_SIZE = 10_000  # of the streams
@@ -24,15 +25,30 @@ TEST_SEED = 2**31 - 1  # apart from the seeds of training
 REDUCED_LEVELS = (2, 4, 8, 16, 32, 64, 128)  # of 8-bit images, by dropping low bits
 
 
+class Form(NamedTuple):
+    """All that a model has to know of its data.
+
+    Attributes:
+      shape: *S, the shape of one example.
+      levels: the number of grey levels of images, 256 for 8 bits; None for all other data.
+      centre, scale: the mean of each dimension, [*S] or one number, and the overall stddev, by which a model scales
+        data of any magnitude; 0 and 1 where no scaling is needed. See `vae.rescaled`.
+    """
+
+    shape: tuple[int, ...]
+    levels: int | None = None
+    centre: Float[np.ndarray, "*S"] | float = 0.0
+    scale: float = 1.0
+
+
 class Dataset(NamedTuple):
     """A data set with its two splits.
 
     Attributes:
-      shape: *S, the shape of one example.
+      shape, levels, centre, scale: see `Form`.
       unit: the name of the unit of the data, and so of sigma.
-      levels: the number of grey levels of images, 256 for 8 bits; None for points.
-      train: what batches are gathered from: an array [N, *S] of all images in storage form, or None for a stream.
-      test: [N, *S], the held-out examples, in storage form (uint8 images, float points).
+      train: what batches are gathered from: an array [N, *S] of all examples in storage form, or None for a stream.
+      test: [N, *S], the held-out examples, in storage form (uint8 for grey levels, else floats).
       indices: (seed, step, batch_size) -> [B] int32, the examples of a training batch.
       batch: (train[indices] [B, *S] or None, key, indices [B]) -> [B, *S], those examples as the model sees them. `key`
         is the step's; whatever is random about example i is drawn from (key, i).
@@ -47,6 +63,13 @@ class Dataset(NamedTuple):
     indices: Callable[[int, int, int], Int[np.ndarray, " B"]]
     batch: Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
     test_batch: Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
+    centre: Float[np.ndarray, "*S"] | float = 0.0
+    scale: float = 1.0
+
+    @property
+    def form(self) -> Form:
+        """All that a model has to know of the data."""
+        return Form(self.shape, self.levels, self.centre, self.scale)
 
 
 def load(
@@ -57,18 +80,23 @@ def load(
     flip: bool = False,
     dequantize: bool = False,
     fake_data: bool = False,
+    test_fraction: float = 0.1,
     data_dir: str | None = None,
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
 ) -> Dataset:
-    """The data set called `name`: "toy", "digits", or a TFDS image data set, downloaded and prepared first if need be.
+    """The data set called `name`: "toy", "digits", a TFDS image data set, downloaded and prepared first if need be, or
+    the path of a file or a folder of one's own, see `files`.
+
+    Images whose largest grey level is below 128 have so many levels as that needs: 2 if they are black and white.
 
     Args:
-      image_size: side of CelebA's images, from 8 to 148; no other data set takes one.
-      levels: a power of 2 below 256, to which 8-bit images are reduced by dropping low bits, in memory; 32 makes the
-        5-bit CelebA of the literature on flows.
+      image_size: side of the images of CelebA, from 8 to 148, or of a folder; no other data set takes one.
+      levels: the number of grey levels. A power of 2 below 256 reduces 8-bit images by dropping low bits, in memory; 32
+        makes the 5-bit CelebA of the literature on flows. For images with fewer levels it may be more than they use.
       flip, dequantize: of images, see `image_dataset`.
       fake_data: synthetic images of the data set's shape instead, see `images.fake_images`; nothing is read.
+      test_fraction: of files without a test split, see `files.load`.
       data_dir, manual_dir: see `images.tfds_images`.
       celeba_dir: a folder of CelebA's JPEGs, see `celeba.images`.
 
@@ -82,13 +110,17 @@ def load(
         flip=flip,
         dequantize=dequantize,
         fake_data=fake_data,
+        test_fraction=test_fraction,
         data_dir=data_dir,
         manual_dir=manual_dir,
         celeba_dir=celeba_dir,
     )
     if name == "toy":
         return toy_stream()
-    if name == images.DIGITS:
+    if files.is_path(name):
+        cache_dir = images.data_folder(data_dir)
+        train, test = files.load(name, image_size=image_size, test_fraction=test_fraction, cache_dir=cache_dir)
+    elif name == images.DIGITS:
         train, test = images.digits_images()
     elif fake_data:
         # No folder, so that it does not matter in which format one holds the real images.
@@ -99,9 +131,11 @@ def load(
         train, test = celeba.images(celeba_dir, image_size=image_size, cache_dir=images.data_folder(data_dir))
     else:
         train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
-    if levels is not None:
-        train, test = (split // np.uint8(256 // levels) for split in (train, test))
-    return image_dataset(train, test, levels=grey_levels(name, levels=levels) or 256, flip=flip, dequantized=dequantize)
+    if train.ndim == 2:
+        return point_dataset(train, test)
+    if train.dtype == np.uint8:
+        train, test, levels = _with_levels(train, test, levels)
+    return image_dataset(train, test, levels=levels, flip=flip, dequantized=dequantize)
 
 
 def labels(
@@ -114,14 +148,9 @@ def labels(
     """
     if name == images.DIGITS:
         return images.digits_labels()
+    if files.is_path(name):
+        raise DatasetError(f"{name} has no labels: give the name of a data set that has, like mnist")
     return images.tfds_labels(name, data_dir=data_dir, manual_dir=manual_dir)
-
-
-def grey_levels(name: str, *, levels: int | None = None) -> int | None:
-    """The number of grey levels of the data set that `load` gives for these arguments; None for points."""
-    if name == "toy":
-        return None
-    return images.DIGITS_LEVELS if name == images.DIGITS else levels or 256
 
 
 def check(
@@ -132,16 +161,20 @@ def check(
     flip: bool = False,
     dequantize: bool = False,
     fake_data: bool = False,
+    test_fraction: float = 0.1,
     data_dir: str | None = None,
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
 ) -> None:
-    """Raises if `load` would reject these arguments. Loads and writes nothing.
+    """Raises if `load` would reject these arguments, as far as that can be said without the data. Writes nothing.
 
     Raises:
       DatasetError: the data set is unknown, its images have no fixed shape, `data_dir` holds it in another format, or
         the options do not go together.
     """
+    if not 0.0 < test_fraction < 1.0:
+        raise DatasetError(f"`test_fraction`={test_fraction:g}: must be between 0 and 1")
+    is_path = files.is_path(name)
     of_celeba = name.partition(":")[0] == celeba.NAME
     asked = {
         "`image_size`": image_size is not None,
@@ -153,8 +186,22 @@ def check(
         "`manual_dir`": manual_dir is not None,
     }
     for argument in ("`image_size`", "`celeba_dir`"):
-        if asked[argument] and not of_celeba:
+        if asked[argument] and not of_celeba and not (is_path and argument == "`image_size`"):
             raise DatasetError(f"{argument} is for CelebA: leave it out, or give `name`={celeba.NAME}")
+    if is_path:
+        for argument in ("`fake_data`", "`manual_dir`"):
+            if asked[argument]:
+                raise DatasetError(f"{argument} does not go with files of your own: leave it out")
+        if image_size is not None and image_size < 1:
+            raise DatasetError(f"`image_size`={image_size}: must be at least 1")
+        shape, has_levels = files.peek(name, image_size=image_size)
+        wrong = [] if len(shape) == 3 else ["`flip`"]
+        for argument in wrong if has_levels else [*wrong, "`levels`", "`dequantize`"]:
+            if asked[argument]:
+                raise DatasetError(f"{argument} is for images of grey levels, {name} holds floats: leave it out")
+        if levels is not None and not 2 <= levels <= 256:
+            raise DatasetError(f"`levels`={levels}: must be from 2 to 256")
+        return
     for argument in ("`levels`", "`flip`", "`dequantize`", "`fake_data`"):
         if asked[argument] and name == "toy":
             raise DatasetError(f"{argument} is for images: leave it out, or give an image data set as `name`")
@@ -208,14 +255,23 @@ def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"
     )
 
 
+def point_dataset(train: np.ndarray, test: np.ndarray, *, unit: str = "unit of the data") -> Dataset:
+    """Points, floats [N, D] in any `unit`, as a data set, in epochs as `image_dataset` has them. Models scale them by
+    the mean of each dimension and by one number, the root of the mean variance, of the training points."""
+    centre = train.mean(axis=0, dtype=np.float64)
+    scale = math.sqrt(np.mean(train.var(axis=0, dtype=np.float64)))
+    return image_dataset(train, test, levels=None)._replace(unit=unit, centre=centre, scale=scale)
+
+
 def image_dataset(
-    train: np.ndarray, test: np.ndarray, *, levels: int = 256, flip: bool = False, dequantized: bool = False
+    train: np.ndarray, test: np.ndarray, *, levels: int | None = 256, flip: bool = False, dequantized: bool = False
 ) -> Dataset:
-    """uint8 images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from
-    (seed, epoch).
+    """Images [N, H, W, C] as a data set; every epoch visits each training image once, in an order made from (seed,
+    epoch).
 
     Args:
-      levels: the number of grey levels, of which the images hold the indices k = 0, ..., levels - 1.
+      levels: the number of grey levels, of which the uint8 images hold the indices k = 0, ..., levels - 1; None for
+        images of floats from 0 to 1. `images.gather` makes such an array of other sequences of images.
       flip: mirror each training image left to right with probability 1/2, drawn anew at every step.
       dequantized: `dequantize` the images of both splits, those of training anew at every step.
     """
@@ -239,6 +295,7 @@ def image_dataset(
         examples: Array | np.ndarray, key: Key[Array, ""], indices: Int[Array, " B"]
     ) -> Float[Array, "B *S"]:
         if dequantized:
+            assert levels is not None, "floats have no cells to spread over"
             return dequantize(example_keys(key, indices), examples, levels=levels)
         return to_float(examples, levels=levels)
 
@@ -259,6 +316,30 @@ def image_dataset(
         batch=batch,
         test_batch=test_batch,
     )
+
+
+def _with_levels(train: np.ndarray, test: np.ndarray, asked: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """8-bit images with the number of their grey levels, that which was `asked` for if any."""
+    highest = 0
+    for split in (train, test):
+        for start in range(0, len(split), 1000):
+            highest = max(highest, int(split[start : start + 1000].max()))
+            if highest >= 128:  # all 8 bits are in use: no need to read on
+                break
+    if highest < 128:
+        if asked is not None and asked <= highest:
+            raise DatasetError(
+                f"`levels`={asked}: the images have grey levels up to {highest}, give at least {highest + 1}"
+            )
+        return train, test, asked or max(2, highest + 1)
+    if asked in (None, 256):
+        return train, test, 256
+    if asked not in REDUCED_LEVELS:
+        raise DatasetError(
+            f"`levels`={asked}: the images have 256 levels, give one of {', '.join(map(str, REDUCED_LEVELS))}"
+        )
+    width = np.uint8(256 // asked)
+    return train // width, test // width, asked
 
 
 class Stream(enum.IntEnum):
