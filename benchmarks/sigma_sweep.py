@@ -47,7 +47,7 @@ def sweep_steps(variant: str, num_members: int, num_fused: int) -> tuple[Callabl
 
     def model(sigma: Any) -> Any:
         traces.append(num_members)
-        return variants.make_vae(variant, domains.TOY, dataset.shape, 2, sigma)
+        return variants.make_vae(variant, domains.TOY, dataset.form, 2, sigma)
 
     program = functools.partial(training.members_steps, make_vae=model, optimizer=optimizer, batch=dataset.batch)
     steps = jax.jit(program, donate_argnums=2)
@@ -67,7 +67,7 @@ def sweep_steps(variant: str, num_members: int, num_fused: int) -> tuple[Callabl
 def image_step() -> Callable[[], Any]:
     """A function, compiled, that takes a step of an LV-VAE on images of MNIST's shape."""
     dataset, optimizer = datasets.load("mnist", fake_data=True), training.optimizer(1000)
-    vae = variants.make_vae("lv", domains.IMAGES, dataset.shape, 256, 1.0)
+    vae = variants.make_vae("lv", domains.IMAGES, dataset.form, 256, 1.0)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer), donate_argnames="state")
     state = training.init_state(jax.random.key(0), vae, optimizer)
     x, index = datasets.to_float(dataset.train[:BATCH]), jnp.arange(BATCH)
@@ -83,7 +83,7 @@ def image_step() -> Callable[[], Any]:
 
 def matrix_products() -> Callable[[], Any]:
     """One member's matrix products of one step and nothing else: forward, and backward to inputs and weights."""
-    vae = variants.make_vae("f", domains.TOY, (2,), 2, 0.1)
+    vae = variants.make_vae("f", domains.TOY, datasets.Form((2,)), 2, 0.1)
     params = (vae.encoder.init(jax.random.key(0)), vae.decoder.init(jax.random.key(1)))
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
     inputs = [jnp.ones((BATCH, kernel.shape[0])) for kernel in kernels]

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from experiments import hosts, results
 from experiments.results import AnyResult
-from lvae_jax import datasets, runs
+from lvae_jax import datasets, files, runs
 
 FLAGS_OF_ARGUMENTS = {"name": "dataset", "path": "run_dir"}  # where the names differ
 HELP = ("--help", "-help", "-h", "--helpshort", "-?")
@@ -133,6 +133,11 @@ def numbers(name: str, texts: Iterable[str], kind: type = float) -> tuple[Any, .
     except ValueError:
         what = "whole number" if kind is int else "number"
         raise UsageError(f"--{name}={','.join(texts)}: every value must be a {what}") from None
+
+
+def file_name(dataset: str) -> str:
+    """The name of a data set as a part of a file's."""
+    return (Path(dataset).stem if files.is_path(dataset) else dataset).replace("/", "-")
 
 
 def run_path(config: Any, name: str, run_dir: str | None) -> Path:

@@ -36,7 +36,7 @@ TABLE = "the table"
 class Config(NamedTuple):
     """The options of a run."""
 
-    dataset: Annotated[str, Option(sweep.DATA, "toy, digits, mnist, celeb_a, or another TFDS image data set")] = "mnist"
+    dataset: Annotated[str, Option(sweep.DATA, sweep.DATASETS)] = "mnist"
     sigma: Annotated[
         tuple[float, ...] | None,
         Option(
@@ -52,7 +52,9 @@ class Config(NamedTuple):
         str | None,
         Option(TABLE, "folder of a finished sigma_sweep of this data set, whose F-VAEs the table shows as well"),
     ] = None
+    test_fraction: sweep.TestFraction = 0.1
     celeba_files: str | None = None  # no flag: `run` sees which images --celeba_dir holds
+    own_files: str | None = None  # no flag: `run` sees what --dataset=PATH holds
 
 
 def run(
@@ -64,18 +66,20 @@ def run(
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is written.
     """
     options.check(config)
-    data: dict[str, Any] = {name: getattr(config, name) for name in ("image_size", "levels", "fake_data")}
-    datasets.check(config.dataset, **data, **places)
+    source, names = config.dataset, ("image_size", "levels", "fake_data", "test_fraction")
+    data: dict[str, Any] = {name: getattr(config, name) for name in names}
+    datasets.check(source, **data, **places)
+    config = sweep.recorded(config)
     if places.get("celeba_dir") is not None:
         config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
     trained = f_vaes(config)
 
     def compute(path: Path) -> CriticalSigma:
-        dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data, **places))
+        dataset = hosts.in_turn(lambda: datasets.load(source, **data, **places))
         runs.make_run(path, config._asdict())
         return measure(config, path, dataset, trained)
 
-    name = f"critical-sigma_{config.dataset.replace('/', '-')}"
+    name = f"critical-sigma_{command.file_name(config.dataset)}"
     return command.run(config, name, run_dir, CriticalSigma, compute=compute, table=table, echo=echo)
 
 
@@ -91,8 +95,8 @@ def f_vaes(config: Config) -> list[Row]:
     if not (path / "summary.json").exists():
         raise command.UsageError(f"--compare={path}: no finished run there")
     theirs, summary = runs.read_json(path / "flags.json"), results.read(path / "summary.json", Summary)
-    for name in ("dataset", "image_size", "levels", "fake_data", "celeba_files"):
-        if theirs.get(name) != getattr(config, name):
+    for name in ("dataset", "image_size", "levels", "fake_data", "test_fraction", "celeba_files", "own_files"):
+        if theirs.get(name, Config._field_defaults[name]) != getattr(config, name):
             raise command.UsageError(f"--compare={path}: made with --{name}={theirs.get(name)}, give the same here")
     if summary.kind not in (POINTS, Kind.DENSITY):
         raise command.UsageError(

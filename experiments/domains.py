@@ -1,5 +1,6 @@
 """The kinds of data that a sweep knows, one record for each: all that depends on the kind and not on the model."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,12 @@ def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Da
     return {name: [of_member[name] for of_member in measured] for name in measured[0]}
 
 
+def point_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
+    """The sliced Wasserstein distance of samples from the test points."""
+    distance = functools.partial(measures.sliced_wasserstein, jax.random.key(0))
+    return {"sliced_wasserstein": [distance(samples, dataset.test) for samples in pictures.samples]}
+
+
 def toy_limits(dataset: datasets.Dataset) -> Limits:
     """The entropy, and the measures of as many true points in the place of reconstructions and of samples: those of a
     model that copies, and of a perfect one."""
@@ -121,6 +128,18 @@ IMAGES = Domain(
 )
 
 
-def of(name: str) -> Domain:
-    """The kind of the data set called `name`."""
+POINTS = TOY._replace(
+    draw=figures.point_panels,
+    measure=point_measures,
+    limits=lambda dataset: Limits(),
+    log_prob=None,
+)
+OWN = {"points": POINTS, "images": IMAGES, "float images": IMAGES._replace(has_levels=False)}
+"""The kinds of data in files of one's own, by name."""
+
+
+def of(name: str, kind: str | None = None) -> Domain:
+    """The kind of the data set called `name`, in `OWN` the name of that of data in files."""
+    if kind is not None:
+        return OWN[kind]
     return TOY if name == "toy" else IMAGES

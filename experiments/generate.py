@@ -28,7 +28,7 @@ import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, domains, sweep
+from experiments import command, sweep
 from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
@@ -64,11 +64,11 @@ def run(
     if not 0 <= key_seed < 2**31:
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
     members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
-    levels = datasets.grey_levels(config.dataset, levels=config.levels)
+    levels, form = summary.levels, summary.form
     given = read_images(images, shape, levels=levels) if images else None
     # Each checkpoint is restored once, however many of its members generate.
     groups = {member.group: member.variant for member in members}
-    weights = {group: sweep.restore(path, config, group, variant, shape) for group, variant in groups.items()}
+    weights = {group: sweep.restore(path, config, group, variant, form) for group, variant in groups.items()}
     record = Generated(
         run=str(path.resolve()),
         shape=list(shape),
@@ -82,8 +82,8 @@ def run(
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
-    shown = domains.of(config.dataset).num_in_gallery
-    vaes = {variant: sweep.trained_vae(config, variant, shape) for variant in groups.values()}
+    shown = sweep.domain(config).num_in_gallery
+    vaes = {variant: sweep.trained_vae(config, variant, form) for variant in groups.values()}
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
     }

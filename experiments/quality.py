@@ -22,7 +22,7 @@ import optax
 from absl import flags
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from experiments import command, domains, report, results, sweep, tables
+from experiments import command, report, results, sweep, tables
 from experiments.results import Member, Quality, Realism, Summary
 from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
@@ -142,7 +142,7 @@ def run(
         raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
     path = Path(run_dir).expanduser()
     config, summary = sweep.read_run(path)
-    if config.fake_data or not domains.of(config.dataset).has_levels:
+    if config.fake_data or summary.levels is None:
         what = "with --fake_data" if config.fake_data else f"of the {config.dataset}"
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / "quality.json"
@@ -195,14 +195,14 @@ def generators(path: Path, config: sweep.Config, summary: Summary) -> dict[str, 
     Raises:
       runs.RunError: a checkpoint is missing or damaged.
     """
-    shape = tuple(summary.shape)
+    form = summary.form
 
     def program(variant: str) -> Callable[..., tuple[Array, ...]]:
-        vae = sweep.trained_vae(config, variant, shape)
+        vae = sweep.trained_vae(config, variant, form)
         return jax.jit(lambda key, params: vae_lib.generate(key, vae, params, num_samples=CHUNK)[:2])
 
     def generator(draw: Callable[..., tuple[Array, ...]], member: Member) -> Callable[[int], Generated]:
-        weights = sweep.restore(path, config, member.group, member.variant, shape)
+        weights = sweep.restore(path, config, member.group, member.variant, form)
         params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
         key = datasets.stream_key(member.seed, datasets.Stream.QUALITY)
 

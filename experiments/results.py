@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
 from lvae_jax import runs
+from lvae_jax.datasets import Form
 
 POINTS = "points"  # the kind of data without grey levels; the others are `evaluation.Kind`
 
@@ -187,7 +190,8 @@ class Summary(Limits):
 
     Attributes:
       shape: of an example; `num_dimensions` is its product.
-      levels: the number of grey levels; None for points.
+      levels: the number of grey levels; None for data without them.
+      centre, scale: see `datasets.Form`; None where no scaling was needed.
       kind: one of `evaluation.Kind`, or `POINTS`.
       histograms: bits per dimension of `evaluation.histograms`; empty for points.
     """
@@ -207,6 +211,15 @@ class Summary(Limits):
     unit: str
     device: str
     jax: str
+    centre: list[float] | None = None
+    scale: float | None = None
+
+    @property
+    def form(self) -> Form:
+        """All that a model has to know of the data."""
+        if self.scale is None or self.centre is None:
+            return Form(tuple(self.shape), self.levels)
+        return Form(tuple(self.shape), self.levels, np.array(self.centre), self.scale)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -21,7 +21,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, domains, hosts, loop, options, report, sweep
+from experiments import command, hosts, loop, options, report, survey, sweep
 from experiments.programs import Group, Programs
 from experiments.results import POINTS, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
@@ -52,17 +52,21 @@ def run(
       overwritten.
     """
     places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
+    source = config.dataset
     check(config, **places)
+    config = sweep.recorded(config)
     if celeba_dir is not None:
         config = config._replace(celeba_files=celeba.fingerprint(celeba_dir))
 
     def compute(path: Path) -> Summary:
         record = imported_record(config, path)
-        dataset = hosts.in_turn(lambda: datasets.load(config.dataset, **data_options(config), **places))
+        dataset = hosts.in_turn(lambda: datasets.load(source, **data_options(config), **places))
+        if dataset.train is not None and jax.process_index() == 0:
+            echo(survey.text(survey.survey(dataset), config.sigma))
         runs.make_run(path, config._asdict())
         return train_all(config, path, dataset, record, echo, pace)
 
-    name = f"{config.dataset.replace('/', '-')}_{'-'.join(config.variants)}"
+    name = f"{command.file_name(config.dataset)}_{'-'.join(config.variants)}"
     return command.run(config, name, run_dir, Summary, compute=compute, table=report.table, echo=echo)
 
 
@@ -93,12 +97,12 @@ def check(config: Config, **places: Any) -> None:
             f"--sigma_from serves {', '.join(FOLLOWERS)} in place of {LEADER}: name one of those in --variants, not "
             f"{LEADER}"
         )
-    domain = domains.of(config.dataset)
+    domain = sweep.domain(config)
     if min(config.widths, default=0) < 1 or (domain.one_width and len(config.widths) > 1):
         number = "one positive number" if domain.one_width else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
     if config.discretise and not domain.has_levels:
-        raise command.UsageError("--discretise is for images: leave it out, or give another --dataset")
+        raise command.UsageError("--discretise is for images with levels: leave it out, or give another --dataset")
     if config.discretise and config.dequantize:
         raise command.UsageError(EXCLUDING)
     if config.evidence and (domain.log_prob is None or config.latent_size > 2):
@@ -131,7 +135,7 @@ def imported_record(config: Config, path: Path) -> Record | None:
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
         theirs = runs.read_flags(source, defaults=config._field_defaults)
-        names = ["dataset", *data_options(config), "celeba_files", "discretise", "seed", "num_seeds"]
+        names = ["dataset", *data_options(config), "celeba_files", "own_files", "discretise", "seed", "num_seeds"]
         names += ["num_steps"] if any(VARIANTS[v].sigma is Sigma.SCHEDULED for v in config.variants) else []
         for name in names:
             if theirs.get(name) != getattr(config, name):
@@ -196,7 +200,7 @@ def train_all(
                         echo(report.line(title, rows[-1]))
     summary = summarise(config, dataset, rows, members)
     if jax.process_index() == 0:  # which has all metrics
-        report.draw(path, summary, panels, draw_panels=domains.of(config.dataset).draw)
+        report.draw(path, summary, panels, draw_panels=sweep.domain(config).draw)
     return summary
 
 
@@ -215,7 +219,7 @@ def compile_all(config: Config, dataset: datasets.Dataset, order: Sequence[str])
         # Sigma is an argument of the programs: variants of one head differ in its values alone.
         program = VARIANTS[variant].program
         if program not in compiled:
-            make = sweep.model(config, variant, dataset.shape)
+            make = sweep.model(config, variant, dataset.form)
             beta = warmup if VARIANTS[variant].warmup else config.beta
             compiled[program] = Programs(dataset, make, beta=beta, dequantised=config.dequantize, **training_options)
     return {variant: compiled[VARIANTS[variant].program] for variant in order}
@@ -282,7 +286,7 @@ def train_variant(
 
 def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], members: list[Member]) -> Summary:
     """The content of summary.json. Rows get the limits of the data, if these are known."""
-    domain = domains.of(config.dataset)
+    domain = sweep.domain(config)
     if domain.log_prob is not None:
         log_prob = np.concatenate([domain.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
         rows = [report.with_limits(row, float(log_prob.mean())) for row in rows]
@@ -293,6 +297,8 @@ def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], member
         dataset=config.dataset,
         shape=list(dataset.shape),
         levels=dataset.levels,
+        centre=None if dataset.scale == 1.0 else np.asarray(dataset.centre, np.float64).tolist(),
+        scale=None if dataset.scale == 1.0 else dataset.scale,
         kind=POINTS if dataset.levels is None else kind_of(config),
         num_dimensions=math.prod(dataset.shape),
         latent_size=config.latent_size,
@@ -349,7 +355,7 @@ def evaluate(
         if code_elbo is not None and not config.discretise:
             bounds = bound(num_samples=config.num_importance_samples, as_code=True)
             columns["code_importance_bound"] = bounds.mean(axis=-1)
-    domain = domains.of(config.dataset)
+    domain = sweep.domain(config)
     if config.evidence:
         assert domain.log_prob is not None, "checked"
         x = dataset.test[:NUM_EVIDENCE_EXAMPLES]
@@ -406,8 +412,10 @@ def main() -> None:
     if flags.FLAGS.density:
         if values["discretise"] or values["dequantize"]:
             raise command.UsageError(EXCLUDING)
-        if not domains.of(values["dataset"]).has_levels:
-            raise command.UsageError("--density is for images: leave it out, or give another --dataset")
+        if not sweep.domain(configure(**values)).has_levels:
+            raise command.UsageError(
+                "--density is for images with grey levels: leave it out, or give another --dataset"
+            )
         values["discretise"] = False
     run(configure(**values), **command.values(("run_dir", "data_dir", "manual_dir", "celeba_dir")))
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from experiments.options import Option, Range, at_least, from_none_to, positive
 from experiments.programs import Group
 from experiments.results import Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
-from lvae_jax import celeba, datasets, runs, training
+from lvae_jax import celeba, datasets, files, runs, training
 from lvae_jax import vae as vae_lib
+
+AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
 RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
@@ -54,16 +56,26 @@ COMPARISON, DATA, LIKELIHOOD, NETWORKS, TRAINING, EVALUATION = GROUPS = (
 )
 
 
+POINT_DEFAULTS = TOY_DEFAULTS | {"latent_size": 16}
+
 # Options that other experiments share.
 ImageSize = Annotated[
     int | None,
     Option(
         DATA,
         f"side to which celeb_a's images are scaled, from {celeba.SIDES[0]} to {celeba.SIDES[-1]} "
-        f"(default: {CELEBA_DEFAULTS['image_size']})",
+        f"(default: {CELEBA_DEFAULTS['image_size']}), or those of a folder, of which it takes the square in the middle",
     ),
 ]
 Levels = Annotated[int | None, Option(DATA, "number of grey levels, a power of 2, to which 8-bit images are reduced")]
+TestFraction = Annotated[
+    float,
+    Option(DATA, "part of the examples of a file or folder without a test split that is drawn as one, always the same"),
+]
+DATASETS = (
+    "toy, digits, mnist, celeb_a, the TFDS name of another image data set with train and test splits, or a path like "
+    "./faces: a folder of images, or a .npy or .npz file of uint8 images or of floats [N, D], points"
+)
 FakeData = Annotated[bool, Option(DATA, "synthetic images of the data set's shape, to try the pipeline offline")]
 
 
@@ -83,9 +95,7 @@ class Config(NamedTuple):
     variants: Annotated[tuple[str, ...], Option(COMPARISON, f"models to compare: {KNOWN}")] = ("f", "ls", "lv")
     dataset: Annotated[
         str,
-        Option(
-            DATA, "toy, digits, mnist, celeb_a, or the TFDS name of another image data set with train and test splits"
-        ),
+        Option(DATA, DATASETS),
     ] = "toy"
     num_seeds: Annotated[
         int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1))
@@ -223,19 +233,45 @@ class Config(NamedTuple):
         ),
     ] = False
     fake_data: FakeData = False
+    test_fraction: TestFraction = 0.1
     celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
+    own_files: str | None = None  # no flags: the command sees what --dataset=PATH holds,
+    own_kind: str | None = None  # and of which kind, in `domains.OWN`, that is
 
 
 def configure(**options: Any) -> Config:
     """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
     probabilities."""
     given = {name: value for name, value in options.items() if value is not None}
-    name = given.get("dataset", "toy").partition(":")[0]  # TFDS takes a version behind a colon
-    defaults = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}.get(name, IMAGE_DEFAULTS)
+    name = given.get("dataset", "toy")
+    if files.is_path(name):
+        shape, has_levels = files.peek(name, image_size=given.get("image_size"))
+        kind = "points" if len(shape) == 1 else "images" if has_levels else "float images"
+        of_kind = POINT_DEFAULTS if kind == "points" else IMAGE_DEFAULTS
+        defaults = of_kind | {"own_kind": kind, "discretise": has_levels}
+    else:
+        by_name = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}
+        defaults = by_name.get(name.partition(":")[0], IMAGE_DEFAULTS)  # TFDS takes a version behind a colon
     if given.get("dequantize"):
         defaults = defaults | {"discretise": False}
     values = defaults | given
     return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
+
+
+def recorded(config: AnyConfig) -> AnyConfig:
+    """The config of a run as it is kept: files of one's own by their name and content, wherever they lie.
+
+    Raises:
+      datasets.DatasetError: they cannot be read.
+    """
+    if not files.is_path(config.dataset):
+        return config
+    return config._replace(dataset=files.label(config.dataset), own_files=files.fingerprint(config.dataset))
+
+
+def domain(config: Config) -> domains.Domain:
+    """The kind of the data of a config that `configure` made."""
+    return domains.of(config.dataset, config.own_kind)
 
 
 def by_kind(name: str) -> str:
@@ -251,24 +287,23 @@ def by_kind(name: str) -> str:
 
 def data_options(config: Config) -> dict[str, Any]:
     """The fields that `datasets.load` takes."""
-    return {name: getattr(config, name) for name in ("image_size", "levels", "flip", "dequantize", "fake_data")}
+    names = ("image_size", "levels", "flip", "dequantize", "fake_data", "test_fraction")
+    return {name: getattr(config, name) for name in names}
 
 
-def model(config: Config, variant: str, shape: tuple[int, ...]) -> Callable[[Any], vae_lib.VAE]:
-    """A function of sigma that gives the variant's model in this config, for data of this shape."""
-    domain = domains.of(config.dataset)
-    network = domain.network(config.widths)
+def model(config: Config, variant: str, form: datasets.Form) -> Callable[[Any], vae_lib.VAE]:
+    """A function of sigma that gives the variant's model in this config, for data of this form."""
+    of_data = domain(config)
+    network = of_data.network(config.widths)
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
-    levels = datasets.grey_levels(config.dataset, levels=config.levels)
-    names = ("gain", "num_components", "discretise")
-    head: dict[str, Any] = {name: getattr(config, name) for name in names} | {"levels": levels}
+    head: dict[str, Any] = {name: getattr(config, name) for name in ("gain", "num_components", "discretise")}
     if config.balance:
         begin = round(BALANCED * config.num_steps)
         head["balance"] = optax.linear_schedule(config.balance, 0.0, max(1, config.num_steps - begin), begin)
     if config.warm_start:
         begin = round(config.warm_start * config.num_steps)
         head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
-    return functools.partial(make_vae, variant, domain, shape, config.latent_size, **head, **network)
+    return functools.partial(make_vae, variant, of_data, form, config.latent_size, **head, **network)
 
 
 def groups(
@@ -299,7 +334,7 @@ def groups(
 
         return Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
 
-    if not domains.of(config.dataset).alone:
+    if not domain(config).alone:
         return [group(variant, slice(None))]
     return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
 
@@ -330,13 +365,13 @@ def read_run(path: Path) -> tuple[Config, Summary]:
     return Config._make(values[name] for name in Config._fields), summary
 
 
-def trained_vae(config: Config, variant: str, shape: tuple[int, ...]) -> vae_lib.VAE:
+def trained_vae(config: Config, variant: str, form: datasets.Form) -> vae_lib.VAE:
     """The model of a variant in a finished run, for any sigma: that of a trained member is in its parameters."""
     sigma = jnp.ones(config.num_steps + 1) if VARIANTS[variant].sigma is Sigma.SCHEDULED else 1.0
-    return model(config, variant, shape)(sigma)
+    return model(config, variant, form)(sigma)
 
 
-def restore(path: Path, config: Config, name: str, variant: str, shape: tuple[int, ...]) -> vae_lib.Params:
+def restore(path: Path, config: Config, name: str, variant: str, form: datasets.Form) -> vae_lib.Params:
     """The trained weights of the M members of the group `name`, leaves [M, ...].
 
     Raises:
@@ -348,7 +383,7 @@ def restore(path: Path, config: Config, name: str, variant: str, shape: tuple[in
     group = next(group for group in members if group.name == name)
     init = functools.partial(
         training.members_init,
-        make_vae=lambda sigma: trained_vae(config, variant, shape),
+        make_vae=lambda sigma: trained_vae(config, variant, form),
         optimizer=optax.identity(),  # of whose state a finished run keeps nothing
     )
     record = jax.ShapeDtypeStruct((len(group.seeds), config.num_steps + 1), np.float32)

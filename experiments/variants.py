@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from experiments.domains import Domain
 from lvae_jax import likelihoods, networks
 from lvae_jax import vae as vae_lib
+from lvae_jax.datasets import Form
 from lvae_jax.likelihoods import Likelihood, Schedule
 
 Record = Float[np.ndarray, "M T+1"]
@@ -112,7 +113,7 @@ FOLLOWERS = tuple(name for name, variant in VARIANTS.items() if variant.follow i
 def make_vae(
     name: str,
     domain: Domain,
-    shape: tuple[int, ...],
+    form: Form,
     latent_size: int,
     sigma: Any,
     *,
@@ -120,18 +121,17 @@ def make_vae(
     balance: Schedule | None = None,
     ramp: Schedule | None = None,
     num_components: int = 5,
-    levels: int | None = 256,
     discretise: bool = False,
     **network: Any,
 ) -> vae_lib.VAE:
-    """The paper's networks for data of this kind and shape, under the observation model of the variant `name`.
+    """The paper's networks for data of this kind and form, under the observation model of the variant `name`.
 
-    `sigma` is a number or, for the scheduled variants, one for each step. `gain`, `balance`, `ramp` and
-    `num_components` are those of `likelihoods.learned_vector` and `mixture`. `levels` is the number of grey levels of
-    images, on which no learned sigma goes below the noise of quantisation; None for points. `network` are options of
-    both networks.
+    `sigma` is a number or, for the scheduled variants, one for each step, in units of the data; a sigma that is learned
+    from the start begins at `sigma` times the data's scale. `gain`, `balance`, `ramp` and `num_components` are those of
+    `likelihoods.learned_vector` and `mixture`. No learned sigma goes below the noise of quantisation of grey levels.
+    `network` are options of both networks.
     """
-    variant = VARIANTS[name]
+    variant, shape, levels = VARIANTS[name], form.shape, form.levels
     options: dict[str, Any] = {
         "shape": shape,
         "gain": gain,
@@ -139,15 +139,17 @@ def make_vae(
         "ramp": ramp,
         "num_components": num_components,
     }
-    if domain.has_levels and levels is not None:
+    if levels is not None:
         options["floor"] = likelihoods.quantisation_noise(levels)
+    if variant.swept or variant.follow is not None:
+        sigma = sigma / form.scale
     likelihood = variant.head(sigma=sigma, **{option: options[option] for option in variant.takes if option in options})
     if discretise and levels is not None:
         likelihood = likelihoods.discretised(likelihood, levels=levels)
     make = functools.partial(domain.make_vae, latent_size=latent_size, **network)
     vae = make(shape, likelihood)
-    if not variant.after_leader:
-        return vae
-    mean = make(shape, VARIANTS[LEADER].head()).decoder  # the leader's, beside one of the same form for log sigma
-    decoder = networks.side_by_side(networks.frozen(mean), mean)
-    return vae._replace(encoder=networks.frozen(vae.encoder), decoder=decoder)
+    if variant.after_leader:
+        mean = make(shape, VARIANTS[LEADER].head()).decoder  # the leader's, beside one of the same form for log sigma
+        decoder = networks.side_by_side(networks.frozen(mean), mean)
+        vae = vae._replace(encoder=networks.frozen(vae.encoder), decoder=decoder)
+    return vae if form.scale == 1.0 else vae_lib.rescaled(vae, centre=form.centre, scale=form.scale)

@@ -43,6 +43,7 @@ from lvae_jax.vae import (
     init,
     mlp_vae,
     reconstruct,
+    rescaled,
     scores,
     summary,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "quantisation_noise",
     "reconstruct",
     "replay",
+    "rescaled",
     "sampled_kl",
     "scores",
     "standard_normal",

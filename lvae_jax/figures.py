@@ -1,7 +1,7 @@
 """Arrays to matplotlib figures. Nothing here touches the disk, the screen or matplotlib's global state."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +68,33 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     return figure
 
 
+def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
+    """`plane_panels` of points of any dimension, by `in_plane` of the data."""
+    project = in_plane(panels[0].data)
+    flat = [
+        panel._replace(
+            data=project(panel.data),
+            reconstructions=project(panel.reconstructions),
+            samples=project(panel.samples),
+            sample_means=project(panel.sample_means),
+        )
+        for panel in panels
+    ]
+    return plane_panels(flat, unit=unit)
+
+
+def in_plane(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function [B, D] -> [B, 2] that shows points of D dimensions in the plane: along the two directions in which
+    `points` [N, D] vary most; those of a line in their order, one above the other."""
+    if points.shape[-1] == 1:
+        return lambda x: np.column_stack([x, np.linspace(0.0, np.ptp(points), len(x))])
+    if points.shape[-1] == 2:
+        return lambda x: x
+    centre = points.mean(axis=0)
+    directions = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
+    return lambda x: (x - centre) @ directions.T
+
+
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
     a map of sigma in `unit` if sigma is not one number."""
@@ -98,11 +125,12 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
 
     Args:
       panels: title -> (examples [B, *S], their stddevs [B, *S] or None). Images [B, H, W, C] on [0, 1] lie in rows of
-        eight, where sigma is no single number above their sigma maps; points in the plane [B, 2] are coloured by sigma.
-        Of the stddevs of an image's channels, and of a point's coordinates, the mean is shown, on one scale for all
-        panels.
+        eight, where sigma is no single number above their sigma maps; points [B, D], shown by `in_plane`, are coloured
+        by sigma. Of the stddevs of an image's channels, and of a point's coordinates, the mean is shown, on one scale
+        for all panels.
     """
-    images = next(iter(panels.values()))[0].ndim == 4
+    first = next(iter(panels.values()))[0]
+    images, project = first.ndim == 4, in_plane(first)
     sigmas = {name: stddevs.mean(axis=-1) for name, (_, stddevs) in panels.items() if stddevs is not None}
     if images and not any(np.ptp(sigma) > 0.0 for sigma in sigmas.values()):
         sigmas = {}
@@ -125,9 +153,9 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
             if name in sigmas:
                 shown = column[1].imshow(_grid(sigmas[name][..., None], empty=np.nan).squeeze(axis=-1), **limits)
         elif name in sigmas:
-            shown = column[0].scatter(*examples.T, c=sigmas[name], s=8, linewidths=0, **limits)
+            shown = column[0].scatter(*project(examples).T, c=sigmas[name], s=8, linewidths=0, **limits)
         else:
-            column[0].scatter(*examples.T, color=_DATA, s=8, linewidths=0)
+            column[0].scatter(*project(examples).T, color=_DATA, s=8, linewidths=0)
     if sigmas:
         figure.colorbar(shown, ax=list(axes[-1]), label=f"sigma [{unit}]")
     return figure

@@ -16,6 +16,7 @@ Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels 
 | `logistic()` | | as `learned_vector`, of a logistic distribution |
 | `mixture()` | | three decoder outputs for each component, a logistic distribution, of each data dimension |
 | `discretised(head)` | | as the head's |
+| `rescaled(head)` | | as the head's, for data in other units |
 
 The log stddev of `fixed`, `learned_scalar`, `learned_map` and `optimal` lives in the head's parameters, so that one
 compiled program serves every sigma.
@@ -36,8 +37,8 @@ Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
 
 # Learned and closed-form log sigmas, initial values included, are softly clipped to this interval; they are untouched
-# from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Scale data of another magnitude first. A head's `floor` replaces the lower
-# limit, sigma = 9e-4, which lies below the quantisation noise of 8-bit pixels, 1.1e-3.
+# from -6.5 to 1.5, sigma from 1.5e-3 to 4.5. Data of another magnitude need `rescaled`. A head's `floor` replaces the
+# lower limit, sigma = 9e-4, which lies below the quantisation noise of 8-bit pixels, 1.1e-3.
 LOG_STDDEV_RANGE = (-7.0, 2.0)
 FLOOR = math.exp(LOG_STDDEV_RANGE[0])
 
@@ -359,6 +360,39 @@ def discretised(likelihood: Likelihood, *, levels: int = 256, dequantised: bool 
         return (level(likelihood.sample(key, params, outputs)) + grid.offset) / grid.scale
 
     return likelihood._replace(mean=mean, log_prob=log_prob, sample=sample)
+
+
+def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float, scale: float) -> Likelihood:
+    """The head of data x = `centre` + `scale` x', where `likelihood` is that of x'. Its sigmas, and so those that it is
+    given, are in units of x': they are `scale` times as large here, and densities are n log `scale` nats lower, n the
+    number of dimensions.
+
+    The limits of learned sigmas, `LOG_STDDEV_RANGE`, suit data of about unit stddev; this makes them suit any.
+
+    Raises:
+      ValueError: `scale` is not a positive number.
+    """
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    middle = jnp.asarray(centre, jnp.float32)[None]
+
+    def inner(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+        return (x - middle) / scale
+
+    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+        return likelihood.log_prob(params, outputs, inner(x)) - math.prod(x.shape[1:]) * math.log(scale)
+
+    standardise = likelihood.standardise
+    return likelihood._replace(
+        floor=scale * likelihood.floor,
+        update=lambda params, step, mse: likelihood.update(params, step, mse / scale**2),
+        mean=lambda params, outputs: middle + scale * likelihood.mean(params, outputs),
+        stddev=lambda params, outputs: scale * likelihood.stddev(params, outputs),
+        log_prob=log_prob,
+        sample=lambda key, params, outputs: middle + scale * likelihood.sample(key, params, outputs),
+        log_mass=None,  # of grey levels, which other units do not have
+        standardise=standardise and (lambda params, outputs, x: standardise(params, outputs, inner(x))),
+    )
 
 
 HEADS: dict[str, Callable[..., Likelihood]] = {

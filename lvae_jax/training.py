@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
 from lvae_jax import datasets
 from lvae_jax import vae as vae_lib
@@ -192,9 +192,9 @@ def members_steps(
     seeds: Int[Array, " M"],
     sigmas: Float[Array, "M *T"],
     states: TrainState,
-    train: UInt8[Array, "N *S"] | None,
+    train: Array | None,
     indices: Int[Array, "K M B"],
-    examples: UInt8[Array, "K M B *S"] | None = None,
+    examples: Array | None = None,
     *,
     make_vae: Callable[..., VAE],
     optimizer: optax.GradientTransformation,
@@ -217,7 +217,7 @@ def members_steps(
         sigma: Float[Array, "*T"],
         state: TrainState,
         indices: Int[Array, " B"],
-        examples: UInt8[Array, "B *S"] | None,
+        examples: Array | None,
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(datasets.stream_key(seed, datasets.Stream.STEP), state.step)
         # Data and noise from separate keys: streams draw their points from the first.

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lvae_jax import gaussians, networks, priors
+from lvae_jax import gaussians, likelihoods, networks, priors
 from lvae_jax.likelihoods import Likelihood
 from lvae_jax.networks import Decoder, Encoder
 from lvae_jax.priors import Prior
@@ -103,6 +104,22 @@ def conv_vae(
     encoder = networks.conv_encoder(shape, latent_size, **network)
     decoder = networks.conv_decoder(shape, likelihood.outputs, latent_size, **network)
     return VAE(encoder, decoder, likelihood, latent_size, prior)
+
+
+def rescaled(vae: VAE, *, centre: Float[np.ndarray, "*S"] | float, scale: float) -> VAE:
+    """The VAE of data x = `centre` + `scale` x', where `vae` is that of x'; all that it takes and gives is in the unit
+    of x. See `likelihoods.rescaled`.
+
+    Raises:
+      ValueError: `scale` is not a positive number.
+    """
+    middle = jnp.asarray(centre, jnp.float32)[None]
+
+    def apply(params: Params, x: Float[Array, "B *S"], *condition: Array) -> tuple[Array, Array]:
+        return vae.encoder.apply(params, (x - middle) / scale, *condition)
+
+    head = likelihoods.rescaled(vae.likelihood, centre=centre, scale=scale)
+    return vae._replace(encoder=vae.encoder._replace(apply=apply), likelihood=head)
 
 
 def init(key: Key[Array, ""], vae: VAE) -> Params:

@@ -55,11 +55,12 @@ def test_rates_are_of_17_levels(sweep):
 def test_each_row_is_printed_when_it_is_done(sweep):
     _, summary, lines = sweep
     titles = ["F-VAE, sigma = 0.7071", "LS-VAE, sigma = ", "LV-VAE, sigma = "]
-    for line, title, row in zip(lines, titles, summary.rows, strict=False):
+    assert lines[0].startswith("data: 1433 training and 364 test examples of shape [8, 8, 1]")
+    for line, title, row in zip(lines[1:], titles, summary.rows, strict=False):
         assert line.startswith(title)
         assert f"ELBO {row.elbo:.4f} nats" in line
         assert line.endswith(row.diagnosis)
-    assert len(lines) == 5, "three rows, the table, where everything is"
+    assert len(lines) == 6, "the data, three rows, the table, where everything is"
 
 
 def test_generate_takes_grey_levels(sweep, tmp_path):

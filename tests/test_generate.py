@@ -72,7 +72,7 @@ def restored(run_dir, member):
     """The member's weights and model, by the programs that trained it."""
     config, _ = sweep.read_run(run_dir)
     dataset = datasets.load(config.dataset, **sweep.data_options(config))
-    model = sweep.model(config, member.variant, dataset.shape)
+    model = sweep.model(config, member.variant, dataset.form)
     programs = Programs(dataset, model, num_steps=config.num_steps, beta=1.0, ema_decay=config.ema_decay)
     file = run_dir / "ls_sigma.npy"
     record = np.load(file) if file.exists() else None
@@ -158,9 +158,9 @@ def test_weights_are_those_that_the_summary_scored(toy):
     """The average of the weights, not the last ones: their ELBOs on the test split, again."""
     dataset, (config, _) = datasets.load("toy"), sweep.read_run(toy)
     for variant in ("f", "lv"):
-        weights = sweep.restore(toy, config, variant, variant, (2,))
+        weights = sweep.restore(toy, config, variant, variant, datasets.Form((2,)))
         (group,) = sweep.groups(config, variant, None)
-        model = sweep.model(config, variant, (2,))
+        model = sweep.model(config, variant, datasets.Form((2,)))
         programs = Programs(dataset, model, num_steps=config.num_steps, beta=1.0)
         scores, *_ = programs.evaluate(group, training.TrainState(None, weights, None))
         elbos = [member.elbo for member in members_of(toy, variant=variant)]

@@ -133,7 +133,7 @@ def test_quantisation_noise_is_that_of_rounding(levels):
     x = np.random.default_rng(0).uniform(0.0, 1.0, 200_000)
     error = np.rint(x * (levels - 1)) / (levels - 1) - x
     assert likelihoods.quantisation_noise(levels) == pytest.approx(error.std(), rel=1e-2)
-    vae = variants.make_vae("ls", domains.IMAGES, (8, 8, 1), 2, 1.0, levels=levels, widths=(4,), num_blocks=1)
+    vae = variants.make_vae("ls", domains.IMAGES, datasets.Form((8, 8, 1), levels), 2, 1.0, widths=(4,), num_blocks=1)
     assert vae.likelihood.floor == likelihoods.quantisation_noise(levels)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import domains, sigma_sweep, variants
-from lvae_jax import networks
+from lvae_jax import datasets, networks
 
 # The convolutions' images have sides that halve evenly, 12, and that do not, 9.
 PAIRS = {
@@ -141,7 +141,13 @@ def test_sizes_for_celeba():
     config = sigma_sweep.configure(dataset="celeb_a")
     assert config.latent_size == 2048
     vae = variants.make_vae(
-        "lv", domains.IMAGES, (64, 64, 3), 2048, 1.0, widths=config.widths, num_blocks=config.num_blocks
+        "lv",
+        domains.IMAGES,
+        datasets.Form((64, 64, 3), 256),
+        2048,
+        1.0,
+        widths=config.widths,
+        num_blocks=config.num_blocks,
     )
     encoder, decoder = convolutions(vae.encoder), convolutions(vae.decoder)
     assert len(encoder) == len(decoder) == 4 + 2 * 5

@@ -296,7 +296,7 @@ def test_options_of_training_reach_the_result(tmp_path, monkeypatch):
 def test_finished_checkpoint_holds_only_weights(toy_run, tmp_path, monkeypatch):
     config = config_of(toy_run)
     weights = jax.eval_shape(
-        functools.partial(vae_lib.init, vae=sweep.model(config, "ls", (2,))(1.0)), jax.random.key(0)
+        functools.partial(vae_lib.init, vae=sweep.model(config, "ls", datasets.Form((2,)))(1.0)), jax.random.key(0)
     )
     floats = config.num_seeds * sum(leaf.size for leaf in jax.tree.leaves(weights))
     stored = sum(file.stat().st_size for file in (toy_run.path / "checkpoints" / "ls").rglob("*") if file.is_file())
@@ -331,7 +331,9 @@ def test_image_run(tmp_path, monkeypatch):
     assert [member.group for member in whole.members] == ["f-0", "f-1", "lv-0", "lv-1"]
     for member in whole.members:
         assert member.mse == pytest.approx(1.0, abs=0.2), "white test images, black reconstructions"
-    assert sweep.model(config, "ls", (8, 8, 1))(1.0).likelihood.floor == pytest.approx(1 / (255 * 12**0.5))
+    assert sweep.model(config, "ls", datasets.Form((8, 8, 1), 256))(1.0).likelihood.floor == pytest.approx(
+        1 / (255 * 12**0.5)
+    )
     trained = [line["mse"] for line in runs.read_metrics(tmp_path / "whole") if line["step"] == 20]
     assert max(trained) < 0.1
 
@@ -362,7 +364,10 @@ def test_relatives_of_the_learned_vector(tmp_path, monkeypatch):
     config = on_images(monkeypatch, NOISE, NOISE[:15], discretise=False, **options)
     summary = run_sweep(config, tmp_path / "run")
     members = {(member.variant, member.seed): member for member in summary.members}
-    params = {key: sweep.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], (8, 8, 1)) for key in members}
+    params = {
+        key: sweep.restore(tmp_path / "run", config, f"{key[0]}-{key[1]}", key[0], datasets.Form((8, 8, 1), 256))
+        for key in members
+    }
     for seed in (0, 1):
         ls, star = params["ls", seed], params["lv_star", seed]
         jax.tree.map(np.testing.assert_array_equal, star["encoder"], ls["encoder"])
@@ -495,12 +500,12 @@ BAD = {
     "--warm_start=0.9": "from 0, for none, to 0.8",
     "--gain=0": "positive",
     "--num_components=0": "at least 1",
-    "--density": "--density is for images",
+    "--density": "--density is for images with levels",
     "--dataset=mnist --density --discretise": "exclude each other",
     "--dataset=mnist --density --dequantize": "exclude each other",
     "--dataset=mnist --discretise --dequantize": "exclude each other",
-    "--discretise": "--discretise is for images",
-    "--discretize": "--discretise is for images",
+    "--discretise": "--discretise is for images with levels",
+    "--discretize": "--discretise is for images with levels",
     "--dequantise": "`dequantize` is for images",
     "--levels=32": "`levels` is for images",
     "--dataset=mnist --evidence": "--evidence is for --dataset=toy",
@@ -572,7 +577,7 @@ def test_command_ends_in_one_line(words, message, tmp_path):
 
 def test_help_lists_every_flag():
     result = run_command(SWEEP, "--help")
-    fields = set(sigma_sweep.Config._fields) - {"celeba_files"}
+    fields = set(sigma_sweep.Config._fields) - {"celeba_files", "own_files", "own_kind"}
     for name in (*fields, "run_dir", "data_dir", "manual_dir", "celeba_dir"):
         assert f"--{name}" in result.stdout or f"--[no]{name}" in result.stdout
     assert "python -m experiments.sigma_sweep --sigma=0.1" in result.stdout
