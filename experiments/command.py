@@ -1,6 +1,7 @@
 """Flags, errors and run directories of all commands: bad flags end in one line, a finished run is only reported."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -155,29 +156,38 @@ def run(
     run_dir: str | None,
     kind: type[AnyResult],
     *,
-    compute: Callable[[Path], AnyResult],
+    prepare: Callable[[Path], Callable[[], AnyResult]],
     table: Callable[[AnyResult], str],
     echo: Callable[[str], None],
 ) -> AnyResult:
-    """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else what
-    `compute(run directory)` returns, written there; echoed as a table either way.
+    """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else the one
+    that it computes and writes now; echoed as a table either way.
+
+    `prepare(run directory)` loads what the run needs, makes nothing there, and returns the function that computes.
 
     Raises:
-      runs.RunError: the directory belongs to something else, or the summary is of another `kind`. Whatever `compute`
-        raises.
+      runs.RunError: the directory belongs to something else, another process writes there, or the summary is of another
+        `kind`. Whatever `prepare` and what it returns raise.
     """
     if jax.process_index() != 0:
         echo = _silent
     path = run_path(config, name, run_dir)
-    if runs.find_run(path, config._asdict(), defaults=config._field_defaults) is not None:
-        summary = results.read(path / "summary.json", kind)
-        echo(f"{path} is finished")
-        echo(table(summary))
-        return summary
-    summary = compute(path)
-    runs.write_json(path / "summary.json", summary.to_json())
+    find = functools.partial(runs.find_run, path, config._asdict(), defaults=config._field_defaults)
+    if find() is None:
+        with runs.lock(path, make=False):  # held by another, it is refused before the data are loaded
+            pass
+        compute = prepare(path)
+        with runs.lock(path):
+            if find() is None:  # nor has another finished it in the meantime
+                runs.make_run(path, config._asdict())
+                summary = compute()
+                runs.write_json(path / "summary.json", summary.to_json())
+                echo(table(summary))
+                echo(f"metrics, checkpoints, figures and summary.json: {path}")
+                return summary
+    summary = results.read(path / "summary.json", kind)
+    echo(f"{path} is finished")
     echo(table(summary))
-    echo(f"metrics, checkpoints, figures and summary.json: {path}")
     return summary
 
 

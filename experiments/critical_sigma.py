@@ -74,13 +74,12 @@ def run(
         config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
     trained = f_vaes(config)
 
-    def compute(path: Path) -> CriticalSigma:
+    def prepare(path: Path) -> Callable[[], CriticalSigma]:
         dataset = hosts.in_turn(lambda: datasets.load(source, **data, **places))
-        runs.make_run(path, config._asdict())
-        return measure(config, path, dataset, trained)
+        return functools.partial(measure, config, path, dataset, trained)
 
     name = f"critical-sigma_{command.file_name(config.dataset)}"
-    return command.run(config, name, run_dir, CriticalSigma, compute=compute, table=table, echo=echo)
+    return command.run(config, name, run_dir, CriticalSigma, prepare=prepare, table=table, echo=echo)
 
 
 def f_vaes(config: Config) -> list[Row]:

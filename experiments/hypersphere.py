@@ -69,11 +69,10 @@ def run(
     """
     check(config)
 
-    def compute(path: Path) -> SphereSummary:
-        runs.make_run(path, config._asdict())
-        return train_all(config, path, pace)
+    def prepare(path: Path) -> Callable[[], SphereSummary]:
+        return functools.partial(train_all, config, path, pace)
 
-    return command.run(config, "hypersphere", run_dir, SphereSummary, compute=compute, table=table, echo=echo)
+    return command.run(config, "hypersphere", run_dir, SphereSummary, prepare=prepare, table=table, echo=echo)
 
 
 def check(config: Config) -> None:

@@ -104,17 +104,18 @@ def run(
             hypersphere.check(config)
         else:
             sigma_sweep.check(config, **places)
-    runs.make_run(path, {"scale": scale})
-    for name, config in chosen.items():
-        echo(f"{name}: {command_line(config)}")
-        began = time.monotonic()
-        try:
-            run_part(config, str(path / name), places, echo)
-        finally:  # an interrupted part has taken time, too
-            times = read_times(path)
-            times[name] = times.get(name, 0.0) + time.monotonic() - began
-            runs.write_json(path / "times.json", times)
-    return write_report(scale, path, echo)
+    with runs.lock(path):
+        runs.make_run(path, {"scale": scale})
+        for name, config in chosen.items():
+            echo(f"{name}: {command_line(config)}")
+            began = time.monotonic()
+            try:
+                run_part(config, str(path / name), places, echo)
+            finally:  # an interrupted part has taken time, too
+                times = read_times(path)
+                times[name] = times.get(name, 0.0) + time.monotonic() - began
+                runs.write_json(path / "times.json", times)
+        return write_report(scale, path, echo)
 
 
 def run_part(config: Config, run_dir: str, places: Mapping[str, Any], echo: Callable[[str], None]) -> None:

@@ -58,16 +58,15 @@ def run(
     if celeba_dir is not None:
         config = config._replace(celeba_files=celeba.fingerprint(celeba_dir))
 
-    def compute(path: Path) -> Summary:
+    def prepare(path: Path) -> Callable[[], Summary]:
         record = imported_record(config, path)
         dataset = hosts.in_turn(lambda: datasets.load(source, **data_options(config), **places))
         if dataset.train is not None and jax.process_index() == 0:
             echo(survey.text(survey.survey(dataset), config.sigma))
-        runs.make_run(path, config._asdict())
-        return train_all(config, path, dataset, record, echo, pace)
+        return functools.partial(train_all, config, path, dataset, record, echo, pace)
 
     name = f"{command.file_name(config.dataset)}_{'-'.join(config.variants)}"
-    return command.run(config, name, run_dir, Summary, compute=compute, table=report.table, echo=echo)
+    return command.run(config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo)
 
 
 def check(config: Config, **places: Any) -> None:

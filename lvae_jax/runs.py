@@ -5,15 +5,18 @@
   checkpoints/    the newest state of each group of sweep members that is trained together
   figures/        PNG
   summary.json    written last: a run that has one is finished
+  .lock           empty; held by the process that writes the run
 
 All files but metrics.jsonl, which grows, are replaced in one move: a file with its final name is whole. Experiments may
 add files of their own. If several processes share a run, all may read and only process 0 writes: in the others, the
 functions that write do nothing.
 """
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
 
 class RunError(Exception):
@@ -39,7 +50,7 @@ def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any
     file, summary = path / "flags.json", path / "summary.json"
     try:
         if not file.exists():
-            if path.exists() and any(child != _temporary(file) for child in path.iterdir()):
+            if path.exists() and any(child not in (_temporary(file), path / LOCK) for child in path.iterdir()):
                 raise RunError(f"{path} is not empty and not a run directory: give another `path`")
             return None
     except OSError as error:
@@ -50,6 +61,51 @@ def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any
         changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
         raise RunError(f"{path} belongs to a run with other flags ({changes}): give another `path`")
     return read_json(summary) if summary.exists() else None
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, make: bool = True) -> Iterator[None]:
+    """Within the block, no other run writes in the directory `path`, which is made if there is none; without `make`,
+    nothing is done then. A process that ends, in whichever way, leaves no lock behind.
+
+    The processes of one run enter the block together: process 0 holds the lock for all of them.
+
+    Raises:
+      RunError: another process holds the lock, or the directory cannot be written.
+    """
+    held, error = None, None
+    if jax.process_index() == 0 and (make or path.exists()):
+        try:
+            held = _lock(path)
+        except RunError as caught:  # the others would wait for ever
+            error = caught
+    failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise RunError(f"process 0 cannot use {path}: its message says why")
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _lock(path: Path) -> int:
+    """The open file that holds the lock. Closing it gives the lock back, and so does the end of the process."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # to write: NFS demands it of an exclusive lock
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}): give another `path`") from None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(file)
+            raise RunError(f"another process writes in {path}: wait until it ends, or give another `path`") from None
+    return file
 
 
 def make_run(path: Path, flags: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The run directory: what it refuses, what it keeps, and that its files are always whole."""
 
+import errno
 import json
 import re
 
@@ -60,6 +61,38 @@ def test_foreign_directories_are_refused_and_untouched(tmp_path, prepare):
     assert "give" in str(error.value)
     if prepare == "other flags":
         assert "seed was 1 and is 0" in str(error.value)
+
+
+def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):
+    path = tmp_path / "run"
+    with runs.lock(path, make=False):
+        assert not path.exists()
+    with runs.lock(path):
+        assert runs.find_run(path, FLAGS, defaults={}) is None, "an empty lock is no one else's file"
+        for make in (False, True):
+            with pytest.raises(runs.RunError, match="another process writes in"):
+                runs.lock(path, make=make).__enter__()
+        with runs.lock(path / "part"):  # a part of a run is a run of its own
+            pass
+    with runs.lock(path):
+        pass
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    with runs.lock(tmp_path), runs.lock(tmp_path):
+        pass
+
+
+def test_all_processes_hear_of_a_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(runs.multihost_utils, "broadcast_one_to_all", lambda failed: np.True_)
+    with pytest.raises(runs.RunError, match="process 0 cannot use"):
+        runs.lock(tmp_path / "run").__enter__()
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_survive_an_interruption_and_are_rewound_by_group(tmp_path):

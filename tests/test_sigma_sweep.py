@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
-from conftest import call, run_command
+from conftest import call, filled, run_command
 
-from experiments import command, domains, hosts, loop, programs, results, sigma_sweep, sweep
+from experiments import command, domains, hosts, loop, programs, report, results, sigma_sweep, sweep
 from experiments.programs import Group, Programs
 from experiments.results import Summary
 from experiments.variants import FOLLOWERS
@@ -147,6 +147,25 @@ def test_directory_of_other_flags_is_refused(toy_run):
         run_sweep(config_of(toy_run)._replace(sigma=(0.5,)), toy_run.path)
     assert "\n" not in str(error.value)
     assert {file: file.stat().st_mtime_ns for file in toy_run.path.rglob("*")} == before
+
+
+def test_run_that_another_process_writes_is_refused(tmp_path, monkeypatch):
+    """Before its data are loaded; and one that the other has just finished is reported."""
+    monkeypatch.setattr(sigma_sweep, "train_all", lambda *arguments: pytest.fail("it trains"))
+    monkeypatch.setattr(report, "table", lambda summary: "")
+    with monkeypatch.context() as patch, runs.lock(tmp_path):
+        patch.delattr(datasets, "load")
+        with pytest.raises(runs.RunError, match="another process writes in"):
+            run_sweep(SMALL, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [runs.LOCK]
+    theirs = filled(Summary, kind="points")
+
+    def load_slowly(*arguments, **options):
+        runs.make_run(tmp_path, SMALL._asdict())
+        runs.write_json(tmp_path / "summary.json", theirs.to_json())
+
+    monkeypatch.setattr(datasets, "load", load_slowly)
+    assert run_sweep(SMALL, tmp_path) == theirs
 
 
 def test_sigma_from_another_run(toy_run, tmp_path):
