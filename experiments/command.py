@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import hosts, results
+from experiments import hosts, results, signals
 from experiments.results import AnyResult
 from lvae_jax import datasets, files, runs
 
@@ -86,13 +86,18 @@ def start(name: str, main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX narrate
         try:
             hosts.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
+            signals.raise_stopped(name)
             main()
-        except (UsageError, datasets.DatasetError, runs.RunError) as error:
-            sys.exit(f"{name}: {with_flags(str(error))}")
-        except KeyboardInterrupt:
-            sys.exit(
-                f"{name}: interrupted; the same command goes on from its last checkpoint, or starts again without one"
-            )
+        except BaseException as error:
+            number = signals.received()
+            signals.exit_at_once(name)
+            if number is not None:  # whatever was made on the way of what it raised
+                print(signals.message(name, number), file=sys.stderr)
+                sys.exit(128 + number)
+            if isinstance(error, (UsageError, datasets.DatasetError, runs.RunError)):
+                sys.exit(f"{name}: {with_flags(str(error))}")
+            raise
+        signals.exit_at_once(name)
 
     app.run(guarded, flags_parser=parse)
 

@@ -32,13 +32,18 @@ def connect(
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise runs.RunError(f"--process_id={process_id}: must be from 0 to num_processes - 1 = {num_processes - 1}")
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given)  # which takes SIGTERM for itself
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise runs.RunError(
             f"cannot join the processes ({reason}): give --coordinator_address=HOST:PORT, --num_processes and "
             "--process_id"
         ) from None
+
+
+def any_process(asked: bool) -> bool:
+    """Whether any process asks for something, in all of them. All have to call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
 
 
 def in_turn(load: Callable[[], Tree]) -> Tree:
@@ -51,7 +56,7 @@ def in_turn(load: Callable[[], Tree]) -> Tree:
     if jax.process_index() == 0:
         try:
             loaded = load()
-        except Exception as caught:  # the others would wait for ever
+        except BaseException as caught:  # the others would wait for ever
             error = caught
     failed = multihost_utils.broadcast_one_to_all(np.bool_(error is not None))
     if error is not None:

@@ -1,6 +1,7 @@
 """Trains a group of sweep members with checkpoints, metrics and a progress bar."""
 
 import collections
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Float
 
+from experiments import hosts, signals
 from experiments.programs import Group, Programs, layout
 from lvae_jax import devices, runs, training
 from lvae_jax import vae as vae_lib
@@ -57,22 +59,41 @@ def place(dataset: Dataset, pace: Pace = PACE) -> Any:
     return jax.device_put(np.asarray(dataset.train), layout(dataset).whole) if fits else None
 
 
-def start(
-    run_dir: Path, group: Group, programs: Programs, *, num_steps: int
-) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
-    """The group's states and its record of sigma: from its checkpoint if there is one, `TrainState.finished` if it has
-    taken all of its steps, else before the first step.
+class Start(NamedTuple):
+    """What training begins with. record: of sigma, see `fit`; unwritten: the metrics, leaves [K, M], of the last K
+    steps, of which metrics.jsonl has no line yet, or nothing."""
+
+    states: TrainState
+    record: Float[np.ndarray, "M T+1"]
+    unwritten: tuple[training.Metrics, ...]
+
+
+def line_interval(num_steps: int) -> int:
+    """The number of steps between two lines of metrics."""
+    return max(1, min(100, num_steps // 100))
+
+
+def start(run_dir: Path, group: Group, programs: Programs, *, num_steps: int) -> Start:
+    """From the group's checkpoint if there is one, `TrainState.finished` if it has taken all of its steps, else before
+    the first step.
 
     Raises:
       runs.RunError: the checkpoint is damaged, or of another shape or version.
     """
-    record = np.full((len(group.seeds), num_steps + 1), np.nan, np.float32)
+    num_members = len(group.seeds)
+    record = np.full((num_members, num_steps + 1), np.nan, np.float32)
     with runs.Checkpoints(run_dir, group.name) as checkpoints:
-        if checkpoints.step is None:
-            return programs.init(group), record
+        step = checkpoints.step
+        if step is None:
+            return Start(programs.init(group), record, ())
         like = programs.shapes(group)
-        states, record = checkpoints.restore((like.finished() if checkpoints.step == num_steps else like, record))
-        return states, np.array(record)
+        if step == num_steps or step % line_interval(num_steps) == 0:
+            states, record = checkpoints.restore((like.finished() if step == num_steps else like, record))
+            return Start(states, np.array(record), ())
+        column: Any = np.zeros((step % line_interval(num_steps), num_members), jax.dtypes.canonicalize_dtype(float))
+        metrics = training.Metrics(vae_lib.Scores(*len(vae_lib.Scores._fields) * [column]), column)
+        states, record, unwritten = checkpoints.restore((like, record, metrics))
+        return Start(states, np.array(record), (jax.device_get(unwritten),))
 
 
 def fit(
@@ -88,6 +109,8 @@ def fit(
 ) -> tuple[TrainState, Float[np.ndarray, "M T+1"]]:
     """Trains the group to `num_steps`, from where `start` finds it, and writes its metrics and checkpoints.
 
+    Signals wait for a checkpoint at the end of the step or, if several processes train, of the interval between lines.
+
     `train` is what `place` returned; examples that it left on the host are streamed.
 
     Returns:
@@ -97,8 +120,9 @@ def fit(
 
     Raises:
       runs.RunError: the checkpoint is damaged, or training diverged.
+      signals.Stopped: a signal came, and its handler raised nothing.
     """
-    states, record = start(run_dir, group, programs, num_steps=num_steps)
+    states, record, unwritten = start(run_dir, group, programs, num_steps=num_steps)
     step, num_members = int(states.step[0]), len(group.seeds)
     dataset, on_devices = programs.dataset, programs.layout
     runs.rewind_metrics(run_dir, group.name, step)
@@ -108,35 +132,49 @@ def fit(
     if step == num_steps:
         return states, record
 
-    interval = max(1, min(100, num_steps // 100))  # between two lines of metrics
+    interval = line_interval(num_steps)
     streamed = train is None and dataset.train is not None
     # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
+    # A checkpoint within an interval comes from a run that fused fewer, or none.
     fuse = jax.default_backend() != "cpu" if pace.fuse is None else pace.fuse
-    fused = math.gcd(interval, num_steps) if fuse else 1
+    fused = math.gcd(interval, num_steps, step) if fuse else 1
     if streamed:
         fused = fitting_divisor(fused, num_members * batch_size * dataset.train[0].nbytes, STREAMED_BYTES)
     batches = feed(group, dataset, on_devices, range(step, num_steps, fused), fused, batch_size, streamed=streamed)
     seeds, sigmas, states = on_devices.place((group.seeds, group.sigmas, states))
-    saved = time.monotonic()
-    with runs.Checkpoints(run_dir, group.name) as checkpoints:
-        while step < num_steps:
-            stop = min(step + interval, num_steps)
-            parts = []
-            for _ in range(step, stop, fused):
-                states, metrics = programs.steps(seeds, sigmas, states, train, *next(batches))
-                parts.append(metrics)
-            parts = on_devices.collect(parts, num_members, 1)
-            metrics = jax.tree.map(lambda *parts: np.concatenate(parts).T, *parts)  # [M, stop - step]
-            elbo = write_metrics(run_dir, group, metrics, stop)
-            record[:, step:stop] = metrics.scores.sigma_max
-            bar.set_postfix_str(f"ELBO {elbo:.4g} nats", refresh=False)
-            bar.update((stop - step) * num_members)
-            step = stop
-            if step == num_steps or time.monotonic() - saved > pace.checkpoint_seconds:
+    parts: list[training.Metrics] = []  # of the steps since then, as the devices give them
+    saved, stopping = time.monotonic(), False
+    with signals.deferred() as asked, runs.Checkpoints(run_dir, group.name) as checkpoints:
+        while step < num_steps and not stopping:
+            states, metrics = programs.steps(seeds, sigmas, states, train, *next(batches))
+            # One call works and one waits: with more under way, the time and the signals would be looked at too early.
+            jax.block_until_ready(parts[-1:])
+            parts.append(metrics)
+            step += fused
+            bar.update(fused * num_members)
+            complete = step % interval == 0 or step == num_steps
+            if complete:
+                columns = stack(unwritten, on_devices.collect(parts, num_members, 1))
+                unwritten, parts = (), []
+                elbo = write_metrics(run_dir, group, jax.tree.map(np.transpose, columns), step)
+                record[:, step - len(columns.gradient_norm) : step] = columns.scores.sigma_max.T
+                bar.set_postfix_str(f"ELBO {elbo:.4g} nats", refresh=False)
+            # Processes that train together stop at the same step: one that waits for another's batch waits for ever.
+            stopping = asked() if jax.process_count() == 1 else complete and hosts.any_process(asked())
+            if step == num_steps or stopping or time.monotonic() - saved > pace.checkpoint_seconds:
                 kept = on_devices.collect(states.finished() if step == num_steps else states, num_members, 0)
-                checkpoints.save(step, (kept, record))
+                if complete:
+                    checkpoints.save(step, (kept, record))
+                else:
+                    unwritten, parts = (stack(unwritten, on_devices.collect(parts, num_members, 1)),), []
+                    checkpoints.save(step, (kept, record, *unwritten))
                 saved = time.monotonic()
     return jax.device_put(kept), record
+
+
+def stack(*parts: Iterable[training.Metrics]) -> training.Metrics:
+    """Metrics [K, M] of consecutive steps as one."""
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *itertools.chain(*parts))
 
 
 def feed(

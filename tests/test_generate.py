@@ -78,7 +78,7 @@ def restored(run_dir, member):
     record = np.load(file) if file.exists() else None
     groups = sweep.groups(config, member.variant, record)
     group = next(group for group in groups if group.name == member.group)
-    states, _ = loop.start(run_dir, group, programs, num_steps=config.num_steps)
+    states, *_ = loop.start(run_dir, group, programs, num_steps=config.num_steps)
     return jax.tree.map(lambda leaf: leaf[member.member], states.weights), model(
         jnp.asarray(group.sigmas[member.member])
     )

@@ -232,6 +232,30 @@ def test_killed_run_resumes_to_the_same_bits(toy_run, tmp_path):
     np.testing.assert_array_equal(*(np.load(path / "ls_sigma.npy") for path in (run_dir, toy_run.path)))
 
 
+@pytest.mark.slow
+def test_signal_waits_for_a_checkpoint(tmp_path, monkeypatch):
+    """At the end of a step, be it between two lines of metrics; the same bits follow."""
+    config = SMALL._replace(variants=("ls",), num_steps=200)  # a line for every 2 steps
+    whole = run_sweep(config, tmp_path / "whole")
+    feed = loop.feed
+
+    def signalling(*arguments, **options):
+        for step, batch in enumerate(feed(*arguments, **options)):
+            if step == 6:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(loop, "feed", signalling)
+    for pace, kept in ((loop.PACE, "7"), (loop.Pace(checkpoint_seconds=0.0), "14")):
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(config, tmp_path / "run", pace=pace)
+        assert [child.name for child in (tmp_path / "run/checkpoints/ls").iterdir() if child.name.isdigit()] == [kept]
+    monkeypatch.setattr(loop, "feed", feed)
+    assert run_sweep(config, tmp_path / "run").members == whole.members
+    assert runs.read_metrics(tmp_path / "run") == runs.read_metrics(tmp_path / "whole")
+    np.testing.assert_array_equal(*(np.load(tmp_path / name / "ls_sigma.npy") for name in ("run", "whole")))
+
+
 def test_damaged_checkpoint_stops_the_run_and_is_kept(toy_run, tmp_path):
     run_dir = shutil.copytree(toy_run.path, tmp_path / "run")
     (run_dir / "summary.json").unlink()
