@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,31 @@ def with_flags(message: str) -> str:
     return re.sub(r"`(\w+)`", flag, message)
 
 
+def path(name: str, text: str) -> Path:
+    """The file or folder that the flag `name` names, ~ being the user's home.
+
+    Raises:
+      UsageError: the name is empty, a URL, or of an unknown user's home.
+    """
+    if not text.strip():
+        raise UsageError(f"--{name}: the name is empty, give that of a folder or leave the flag out")
+    if re.match(r"\w[\w+.-]+:/", text):
+        raise UsageError(f"--{name}={text}: a URL, give a folder of the file system, where a bucket can be mounted")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"--{name}={text}: there is no such user, give a folder") from None
+
+
+def paths(**given: str | None) -> dict[str, Any]:
+    """What `path` makes of each flag, as text; None for None. Equal paths have equal texts: ./a/ is a.
+
+    Raises:
+      UsageError: see `path`.
+    """
+    return {name: None if text is None else str(path(name, text)) for name, text in given.items()}
+
+
 def define_places(*, celeba: bool = True) -> None:
     """Defines the flags that say where data are: the folders of `datasets.load`."""
     with group("the data"):
@@ -152,7 +177,7 @@ def run_path(config: Any, name: str, run_dir: str | None) -> Path:
     given = {key: value for key, value in config._asdict().items() if value != config._field_defaults[key]}
     # Defaults are left out: a flag that is added later does not move the runs of before.
     digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:8]
-    return Path(run_dir).expanduser() if run_dir else Path("runs", f"{name}_{digest}")
+    return Path("runs", f"{name}_{digest}") if run_dir is None else path("run_dir", run_dir)
 
 
 def run(
@@ -164,11 +189,13 @@ def run(
     prepare: Callable[[Path], Callable[[], AnyResult]],
     table: Callable[[AnyResult], str],
     echo: Callable[[str], None],
+    writes: Collection[str] = (),
 ) -> AnyResult:
     """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else the one
     that it computes and writes now; echoed as a table either way.
 
     `prepare(run directory)` loads what the run needs, makes nothing there, and returns the function that computes.
+    `writes` is for `runs.find_run`.
 
     Raises:
       runs.RunError: the directory belongs to something else, another process writes there, or the summary is of another
@@ -177,7 +204,7 @@ def run(
     if jax.process_index() != 0:
         echo = _silent
     path = run_path(config, name, run_dir)
-    find = functools.partial(runs.find_run, path, config._asdict(), defaults=config._field_defaults)
+    find = functools.partial(runs.find_run, path, config._asdict(), defaults=config._field_defaults, writes=writes)
     if find() is None:
         with runs.lock(path, make=False):  # held by another, it is refused before the data are loaded
             pass

@@ -66,6 +66,8 @@ def run(
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is written.
     """
     options.check(config)
+    places = command.paths(**places)
+    config = config._replace(**command.paths(compare=config.compare))
     source, names = config.dataset, ("image_size", "levels", "fake_data", "test_fraction")
     data: dict[str, Any] = {name: getattr(config, name) for name in names}
     datasets.check(source, **data, **places)
@@ -90,7 +92,7 @@ def f_vaes(config: Config) -> list[Row]:
     """
     if config.compare is None:
         return []
-    path = Path(config.compare).expanduser()
+    path = Path(config.compare)
     if not (path / "summary.json").exists():
         raise command.UsageError(f"--compare={path}: no finished run there")
     theirs, summary = runs.read_json(path / "flags.json"), results.read(path / "summary.json", Summary)

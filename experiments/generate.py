@@ -28,7 +28,7 @@ import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, sweep
+from experiments import command, results, sweep
 from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
@@ -55,8 +55,8 @@ def run(
     Raises:
       command.UsageError, runs.RunError: as their docstrings say, before anything is compiled or overwritten.
     """
-    path = Path(run_dir).expanduser()
-    folder = Path(out).expanduser() if out else path / "generated"
+    path = command.path("run_dir", run_dir)
+    folder = path / "generated" if out is None else command.path("out", out)
     config, summary = sweep.read_run(path)
     shape = tuple(summary.shape)
     if num_samples < 1:
@@ -71,6 +71,7 @@ def run(
     weights = {group: sweep.restore(path, config, group, variant, form) for group, variant in groups.items()}
     record = Generated(
         run=str(path.resolve()),
+        summary=hashlib.sha256((path / "summary.json").read_bytes()).hexdigest(),
         shape=list(shape),
         unit=summary.unit,
         num_samples=num_samples,
@@ -142,7 +143,7 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int |
     """
     files: list[Path] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = command.path("images", source)
         if path.is_dir():
             found = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
             if not found:
@@ -207,7 +208,7 @@ def claim(folder: Path, record: Generated) -> None:
     """
     file = folder / "generated.json"
     try:
-        mine = file.exists() and runs.read_json(file) == record.to_json()
+        mine = file.exists() and record.same(results.read(file, Generated))
         if not mine and folder.exists() and any(folder.iterdir()):
             raise command.UsageError(f"{folder} holds files of another command: give another --out")
         runs.write_json(file, record.to_json())

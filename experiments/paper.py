@@ -93,12 +93,12 @@ def run(
     Raises:
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained.
     """
-    places = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
+    places = command.paths(data_dir=data_dir, manual_dir=manual_dir, celeba_dir=celeba_dir)
     chosen = {name: config for name, config in SCALES[scale].items() if name in parts}
     if set(parts) - set(PARTS) or not chosen:
         raise command.UsageError(f"--parts={','.join(parts)}: give some of {', '.join(SCALES[scale])}")
-    path = Path(run_dir or f"runs/paper_{scale}").expanduser()
-    runs.find_run(path, {"scale": scale}, defaults={})
+    path = Path("runs", f"paper_{scale}") if run_dir is None else command.path("run_dir", run_dir)
+    runs.find_run(path, {"scale": scale}, defaults={}, writes=[*PARTS, "times.json", "report.md", "report.html"])
     for config in chosen.values():
         if isinstance(config, hypersphere.Config):
             hypersphere.check(config)

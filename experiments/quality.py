@@ -140,7 +140,7 @@ def run(
         raise command.UsageError("--run_dir: give the directory of a finished run of experiments.sigma_sweep")
     if classifier_steps < 1:
         raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
-    path = Path(run_dir).expanduser()
+    path = command.path("run_dir", run_dir)
     config, summary = sweep.read_run(path)
     if config.fake_data or summary.levels is None:
         what = "with --fake_data" if config.fake_data else f"of the {config.dataset}"
@@ -155,7 +155,7 @@ def run(
             )
         echo(table(quality))
         return quality
-    places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir}
+    places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir)
     train_labels, test_labels = datasets.labels(config.dataset, **places)
     dataset = datasets.load(config.dataset, **sweep.data_options(config), **places)
     drawn = generators(path, config, summary)

@@ -370,13 +370,15 @@ class Generated(Result):
     """The content of generated.json.
 
     Attributes:
-      run: the directory of the sweep.
+      run: the directory of the sweep, where it was then.
+      summary: the SHA-256 hash of its summary.json; None for files from before it was recorded.
       shape, unit: of the data, and so of all arrays.
       images: the SHA-256 hash of the reconstructed examples, None without any.
       files: the names of the files of each of `members`, without their endings.
     """
 
     run: str
+    summary: str | None = None
     shape: list[int]
     unit: str
     num_samples: int
@@ -384,3 +386,9 @@ class Generated(Result):
     images: str | None
     members: list[Chosen]
     files: list[str]
+
+    def same(self, other: Self) -> bool:
+        """Whether both are of the same choice from the same run, wherever the run lies."""
+        if self.summary is None or other.summary is None:
+            return dataclasses.replace(self, summary=None) == dataclasses.replace(other, summary=None)
+        return dataclasses.replace(self, run=other.run) == other

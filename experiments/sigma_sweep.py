@@ -51,12 +51,14 @@ def run(
       command.UsageError, runs.RunError, datasets.DatasetError: as their docstrings say, before anything is trained or
       overwritten.
     """
-    places: dict[str, Any] = {"data_dir": data_dir, "manual_dir": manual_dir, "celeba_dir": celeba_dir}
-    source = config.dataset
+    places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir, celeba_dir=celeba_dir)
+    config, source = config._replace(**command.paths(sigma_from=config.sigma_from)), config.dataset
     check(config, **places)
     config = sweep.recorded(config)
     if celeba_dir is not None:
-        config = config._replace(celeba_files=celeba.fingerprint(celeba_dir))
+        config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
+    name = f"{command.file_name(config.dataset)}_{'-'.join(config.variants)}"
+    config = config._replace(sigma_from=recorded_source(config, command.run_path(config, name, run_dir)))
 
     def prepare(path: Path) -> Callable[[], Summary]:
         record = imported_record(config, path)
@@ -65,8 +67,9 @@ def run(
             echo(survey.text(survey.survey(dataset), config.sigma))
         return functools.partial(train_all, config, path, dataset, record, echo, pace)
 
-    name = f"{command.file_name(config.dataset)}_{'-'.join(config.variants)}"
-    return command.run(config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo)
+    return command.run(
+        config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, writes=["ls_sigma.npy"]
+    )
 
 
 def check(config: Config, **places: Any) -> None:
@@ -120,6 +123,17 @@ def check(config: Config, **places: Any) -> None:
         )
 
 
+def recorded_source(config: Config, path: Path) -> str | None:
+    """--sigma_from as the run in `path` has recorded it, if that LS run lies elsewhere now: the run's own copy tells
+    that it is the same."""
+    copy, file = path / "ls_sigma.npy", path / "flags.json"
+    if config.sigma_from is None or not copy.exists() or not file.exists():
+        return config.sigma_from
+    source, recorded = Path(config.sigma_from, copy.name), runs.read_json(file).get("sigma_from")
+    same = source.exists() and source.read_bytes() == copy.read_bytes()
+    return recorded if same and isinstance(recorded, str) else config.sigma_from
+
+
 def imported_record(config: Config, path: Path) -> Record | None:
     """sigma(t) of the LS runs in --sigma_from, [num_seeds, T + 1], or None without that flag; a run keeps its copy.
 
@@ -129,7 +143,7 @@ def imported_record(config: Config, path: Path) -> Record | None:
     """
     if config.sigma_from is None:
         return None
-    copy, source = path / "ls_sigma.npy", Path(config.sigma_from).expanduser()
+    copy, source = path / "ls_sigma.npy", Path(config.sigma_from)
     if not copy.exists():
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")

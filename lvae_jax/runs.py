@@ -16,7 +16,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+FILES = ("metrics.jsonl", "checkpoints", "figures", "summary.json")
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
@@ -38,20 +39,23 @@ class RunError(Exception):
     """A run directory cannot be used as asked; the message, one line, names the fix."""
 
 
-def find_run(path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any] | None:
+def find_run(
+    path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any], writes: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The summary of the finished run in `path`; None if the run is unfinished, or if the directory is free for
-    a new one.
+    a new one: it may hold other files, as the log of a batch system, but none that a run writes.
 
-    `defaults` are for `read_flags`.
+    `defaults` are for `read_flags`; `writes` are names of files and folders that the run has beside those above.
 
     Raises:
-      RunError: the directory holds something else, or a run with other flags.
+      RunError: the directory holds files that a run writes and no run, or a run with other flags.
     """
     file, summary = path / "flags.json", path / "summary.json"
     try:
         if not file.exists():
-            if path.exists() and any(child not in (_temporary(file), path / LOCK) for child in path.iterdir()):
-                raise RunError(f"{path} is not empty and not a run directory: give another `path`")
+            taken = {*FILES, *writes} & {child.name for child in path.iterdir()} if path.exists() else None
+            if taken:
+                raise RunError(f"{path} is not a run directory and holds {min(taken)}: give another `path`")
             return None
     except OSError as error:
         raise RunError(f"{path} cannot be used ({error.strerror}): give another `path`") from None

@@ -1,5 +1,6 @@
 """The typed results and their JSON, and the tables that they fill."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_fields_of_other_versions():
     del values["recall"]
     with pytest.raises(TypeError, match="recall"):
         Realism.from_json(values)
+
+
+def test_generated_files_belong_to_a_run_wherever_it_lies():
+    here = filled(results.Generated, run="/a", summary="1f")
+    assert here.same(dataclasses.replace(here, run="/b"))
+    assert not here.same(dataclasses.replace(here, run="/b", summary="2f"))
+    assert not here.same(dataclasses.replace(here, run="/b", num_samples=3))
+    old = dataclasses.replace(here, summary=None)  # from before the hash was recorded
+    assert here.same(old)
+    assert not here.same(dataclasses.replace(old, run="/b"))
 
 
 @pytest.mark.parametrize(("kind", "levels"), [("points", None), ("density", 256)])

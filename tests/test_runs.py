@@ -48,7 +48,7 @@ def test_foreign_directories_are_refused_and_untouched(tmp_path, prepare):
     else:
         path.mkdir()
         if prepare == "other files":
-            (path / "thesis.tex").write_text("mine")
+            (path / "metrics.jsonl").write_text("mine")
         else:
             (path / "flags.json").write_text(
                 json.dumps(FLAGS | {"seed": 1})[: 5 if prepare == "damaged flags" else None]
@@ -61,6 +61,15 @@ def test_foreign_directories_are_refused_and_untouched(tmp_path, prepare):
     assert "give" in str(error.value)
     if prepare == "other flags":
         assert "seed was 1 and is 0" in str(error.value)
+
+
+def test_other_files_are_let_alone(tmp_path):
+    """As the log of a batch system; but none that this run would write."""
+    (tmp_path / "slurm-1.out").touch()
+    (tmp_path / "ls_sigma.npy").touch()
+    assert runs.find_run(tmp_path, FLAGS, defaults={}) is None
+    with pytest.raises(runs.RunError, match=r"not a run directory and holds ls_sigma\.npy: give another"):
+        runs.find_run(tmp_path, FLAGS, defaults={}, writes=["ls_sigma.npy"])
 
 
 def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):

@@ -173,6 +173,11 @@ def test_sigma_from_another_run(toy_run, tmp_path):
     there = run_sweep(config, tmp_path / "run").members
     here = [member for member in summary_of(toy_run).members if member.variant in ("f_star", "replay")]
     assert there == here, "the same seeds, the same numbers"
+    copy = shutil.copytree(toy_run.path, tmp_path / "copy")
+    assert run_sweep(config._replace(sigma_from=f"{copy}/./"), tmp_path / "run").members == there, "wherever it lies"
+    sigma_sweep.keep_record(copy, np.load(copy / "ls_sigma.npy") + 1.0)
+    with pytest.raises(runs.RunError, match="sigma_from was"):
+        run_sweep(config._replace(sigma_from=str(copy)), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -555,6 +560,13 @@ BAD = {
     "--num_importance_samples=-1": "must be 0, for none, or more",
     "--sigma_from=nowhere --variants=replay": "no finished run",
     "--run_dir=/dev/null/run": "cannot be written",
+    "--run_dir=gs://bucket/run": "--run_dir=gs://bucket/run: a URL",
+    "--run_dir=~nobody_of_this_name/run": "no such user",
+    "--run_dir=": "--run_dir: the name is empty",
+    "--dataset=mnist --data_dir=s3://bucket": "--data_dir=s3://bucket: a URL",
+    "--dataset=mnist --manual_dir=https://host/mnist": "a URL",
+    "--dataset=celeb_a --celeba_dir=gs:/faces": "a URL",
+    "--variants=f_star --sigma_from=gs://bucket/run": "--sigma_from=gs://bucket/run: a URL",
     "--num_seeds=0": "at least 1",
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
@@ -630,6 +642,15 @@ def test_same_flags_name_the_same_directory():
     path = command.run_path(SMALL, "toy", None)
     assert path == command.run_path(SMALL, "toy", None)
     assert path != command.run_path(SMALL._replace(seed=1), "toy", None)
+
+
+def test_equal_paths_have_equal_texts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command.paths(run_dir="./runs//a/", out="~/a b", data_dir=None) == {
+        "run_dir": "runs/a",
+        "out": "/home/me/a b",
+        "data_dir": None,
+    }
 
 
 def test_later_flag_keeps_directories_names():
