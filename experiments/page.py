@@ -36,6 +36,7 @@ SPHERE_FIGURES = {
     "radius": "Theorem 1 beside trained models.",
 }
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script, and nothing from elsewhere
 ANSWERS = {True: "yes", False: "**no**", None: "undecided"}
 
 STYLE = """
@@ -85,6 +86,7 @@ def html(text: str, figures: Mapping[str, bytes]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
         "</body>\n</html>\n"
     )
@@ -181,7 +183,8 @@ def ran(finished: Finished, commands: Mapping[str, str], times: Mapping[str, flo
         assert summary is not None, "the sphere is the one part that is no sweep"
         seeds = len({member.seed for member in summary.members})
         minutes = f"{times[name] / 60.0:.1f}" if name in times else ""
-        rows.append([name, f"`{command}`", str(seeds), minutes, f"{summary.device}, jax {summary.jax}"])
+        device = tables.literal(f"{summary.device}, jax {summary.jax}")
+        rows.append([name, f"`{command}`", str(seeds), minutes, device])
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("lvae_jax", "flax", "optax", "numpy"))
     return (
         tables.grid(["part", "command", "seeds", "minutes", "device"], rows)

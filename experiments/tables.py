@@ -1,5 +1,6 @@
 """The columns of every table of results, the notes that explain them, and a table as text and as Markdown."""
 
+import html
 import math
 import re
 import textwrap
@@ -242,5 +243,6 @@ def grid(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text as Markdown: no star is markup, and a spread stays on its line."""
-    return text.replace("*", "\\*").replace(" +- ", "&nbsp;±&nbsp;")
+    """Text as Markdown that shows it: nothing in it is HTML, markup or a new line. A spread stays on its line."""
+    escaped = re.sub(r"([\\`*_\[])", r"\\\1", re.sub(r"\s+", " ", text))
+    return html.escape(escaped, quote=False).replace(" +- ", "&nbsp;±&nbsp;")

@@ -8,15 +8,17 @@ import json
 import re
 import shlex
 import shutil
+import typing
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import call
+from conftest import call, filled
 
 from experiments import claims, command, hypersphere, page, paper, quality, sigma_sweep, sweep, tables
+from experiments.results import Member, Quality, Realism, Row, SphereRow, SphereSummary, Summary
 from experiments.variants import VARIANTS
 from lvae_jax import runs
 
@@ -28,13 +30,15 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.images, self.headings, self.open, self.cells = [], [], [], 0
+        self.tags = set()
+        self.images, self.headings, self.open, self.cells, self.text = [], [], [], 0, ""
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         if tag == "img":
             self.images.append(dict(attrs))
+        self.tags.add(tag)
         if tag not in self.VOID:
             self.open.append(tag)
         self.cells += tag == "td"
@@ -44,6 +48,7 @@ class Reader(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
+        self.text += data
         if self.open and self.open[-1] in ("h1", "h2", "h3"):
             self.headings.append(data)
 
@@ -82,6 +87,41 @@ def test_page_needs_no_other_file():
     assert reader.headings == ["Title"]
     assert reader.cells == 2
     assert reader.images == [{"alt": "one", "src": "data:image/png;base64,iVBORw=="}]
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![i](https://a.b/c.png) [j](javascript:k) <https://a.b>",
+    "`code` *stars* _lines_ a \\* | b &lt; &copy",
+    "line one\n\n# heading\n\n- item",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_strings_of_files_are_shown_as_they_are(text):
+    """In every string of what was measured: nobody's browser may run them."""
+
+    def hostile(kind, /, **given):
+        texts = [name for name, hint in typing.get_type_hints(kind).items() if hint is str and name not in given]
+        return filled(kind, **dict.fromkeys(texts, text), **given)
+
+    made = [hostile(Row, variant=variant, num_seeds=1, is_code=True) for variant in ("f", "ls")]
+    members = [hostile(Member, variant=variant) for variant in ("f", "ls")]
+    summary = hostile(Summary, rows=made, members=members, kind="discretised", levels=256, histograms={text: 1.0})
+    sphere = hostile(SphereSummary, rows=[hostile(SphereRow, variant="f", num_seeds=1)])
+    scores = hostile(Quality, rows=[hostile(Realism)], num_seeds=1)
+    finished = claims.Finished(sphere, {"digits": claims.Part(summary, {})}, {"digits": scores})
+    found = [claims.Claim("C1", text, [claims.Check(text, True, text)])]
+    composed = page.compose("smoke", found, finished, commands=dict.fromkeys(("sphere", "digits"), "c"), times={})
+    drawn = {name: b"" for part in ("sphere", "digits") for name in re.findall(rf"figures/{part}-\w+.png", composed)}
+    reader = Reader(page.html(composed, drawn))
+    assert not reader.open
+    assert not {"script", "a"} & reader.tags
+    assert {image["src"] for image in reader.images} == {"data:image/png;base64,"}
+    assert len(reader.headings) == 7
+    assert " ".join(reader.text.split()).count(" ".join(text.split())) == 13
+    assert composed.count("\n\n# ") == 0
 
 
 def test_palette_keeps_colours_of_thin_lines(tmp_path):
