@@ -51,10 +51,10 @@ class Domain(NamedTuple):
 
 
 def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
-    """The sharpness of reconstructions and the noise of samples; none for images without any detail."""
+    """The sharpness of reconstructions and the noise of samples; none for images without any detail or interior."""
     # Sharpness is relative to the originals: constant images have none.
     data = jnp.asarray(originals)
-    if not measures.laplacian_energy(data).any():
+    if min(data.shape[1:3]) < 3 or not measures.laplacian_energy(data).any():
         return {}
     pairs = zip(*map(jnp.asarray, (pictures.samples, pictures.sample_means)), strict=True)
     return {

@@ -53,12 +53,15 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: lef
 
 
 def figures(path: Path, parts: Iterable[str]) -> dict[str, bytes]:
-    """The PNG of every figure of the finished parts below `path`, by its name in the report, with a palette of 256
-    colours: a third of the size or less."""
+    """The PNG of every figure that the finished parts below `path` have, by its name in the report, with a palette of
+    256 colours: a third of the size or less."""
     found = {}
     for part in parts:
         for name in captions(part):
-            with PIL.Image.open(path / part / "figures" / f"{name}.png") as file:
+            png = path / part / "figures" / f"{name}.png"
+            if not png.exists():  # could not be drawn
+                continue
+            with PIL.Image.open(png) as file:
                 image = file.convert("RGB")
             small = image.quantize(method=PIL.Image.Quantize.FASTOCTREE, dither=PIL.Image.Dither.NONE)
             # An octree keeps the rare hues of thin lines, but shifts the background, which the first pixel restores.

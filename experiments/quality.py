@@ -33,6 +33,7 @@ Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
 Generated = tuple[Float[np.ndarray, "N H W C"], Float[np.ndarray, "N H W C"]]
 
 CHUNK = 500  # images that are generated at once
+NEIGHBOURS = 3  # k of precision and recall
 
 
 class Classifier(NamedTuple):
@@ -120,7 +121,7 @@ def score(
     # Samples leave [0, 1] by the noise of the observation model; a viewer would clip them, too.
     theirs = features(np.clip(generated, 0.0, 1.0))
     frechet = {"classifier_frechet_distance": measures.frechet_distance(real, theirs)}
-    return frechet | measures.precision_and_recall(real, theirs)._asdict()
+    return frechet | measures.precision_and_recall(real, theirs, k=NEIGHBOURS)._asdict()
 
 
 def run(
@@ -158,6 +159,11 @@ def run(
     places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir)
     train_labels, test_labels = datasets.labels(config.dataset, **places)
     dataset = datasets.load(config.dataset, **sweep.data_options(config), **places)
+    if min(len(dataset.train), len(dataset.test)) <= NEIGHBOURS:
+        raise command.UsageError(
+            f"--run_dir={path}: its data set has {len(dataset.train)} training and {len(dataset.test)} test images, "
+            f"give a run of one with more than {NEIGHBOURS} of each"
+        )
     drawn = generators(path, config, summary)
 
     to_float = functools.partial(datasets.to_float, levels=dataset.levels)

@@ -112,8 +112,10 @@ def draw(
     panels: Sequence[figures.Panel],
     *,
     draw_panels: Callable[..., figures.Figure],
+    echo: Callable[[str], None] = print,
 ) -> None:
-    """Writes the run's figures; `draw_panels` is that of the data's `Domain`."""
+    """Writes the run's figures; `draw_panels` is that of the data's `Domain`. A figure that cannot be drawn is left
+    out, and a line says so: it must not cost the run."""
     metrics = runs.read_curves(path)
 
     def curves(part: Sequence[Member]) -> figures.Curves:
@@ -129,14 +131,18 @@ def draw(
         if VARIANTS[part[0].variant].sigma is not Sigma.CONSTANT
     }
     colours = COLOURS if learned else None  # where all models are F-VAEs, colours tell their sigmas apart
-    drawings = {
-        "samples": draw_panels(panels, unit=summary.unit),
-        "losses": figures.losses(all_curves),
-        "sigma": figures.sigma_and_elbo(learned or all_curves, unit=summary.unit, colours=colours),
-        "elbo": _elbo_against_sigma(summary),
+    drawings: dict[str, Callable[[], figures.Figure]] = {
+        "samples": lambda: draw_panels(panels, unit=summary.unit),
+        "losses": lambda: figures.losses(all_curves),
+        "sigma": lambda: figures.sigma_and_elbo(learned or all_curves, unit=summary.unit, colours=colours),
+        "elbo": lambda: _elbo_against_sigma(summary),
     }
-    for name, figure in drawings.items():
-        runs.replace(path / "figures" / f"{name}.png", functools.partial(figure.savefig, dpi=120))
+    for name, drawing in drawings.items():
+        file = path / "figures" / f"{name}.png"
+        try:
+            runs.replace(file, functools.partial(drawing().savefig, dpi=120))
+        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # of numpy and matplotlib
+            echo(f"{file} is left out, it cannot be drawn: {' '.join(str(error).split())}")
 
 
 def _elbo_against_sigma(summary: Summary) -> Any:

@@ -213,7 +213,7 @@ def train_all(
                         echo(report.line(title, rows[-1]))
     summary = summarise(config, dataset, rows, members)
     if jax.process_index() == 0:  # which has all metrics
-        report.draw(path, summary, panels, draw_panels=sweep.domain(config).draw)
+        report.draw(path, summary, panels, draw_panels=sweep.domain(config).draw, echo=echo)
     return summary
 
 

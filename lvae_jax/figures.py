@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
@@ -111,9 +112,9 @@ def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
         strip = np.concatenate([np.asarray(image) for image in images], axis=1)
         if cmap is None:
-            axis.imshow(np.clip(strip.squeeze(), 0.0, 1.0), cmap="gray", vmin=0.0, vmax=1.0)
+            _show(axis, strip)
         else:
-            shown = axis.imshow(strip.squeeze(), cmap=cmap, vmin=0.0, vmax=max(strip.max(), 1e-6))
+            shown = axis.imshow(strip.squeeze(axis=-1), cmap=cmap, vmin=0.0, vmax=max(strip.max(), 1e-6))
             figure.colorbar(shown, ax=axis, pad=0.01)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
@@ -146,7 +147,7 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
     for column, (name, (examples, _)) in zip(axes.T, panels.items(), strict=True):
         column[0].set_title(name)
         if images:
-            column[0].imshow(np.clip(_grid(examples, empty=1.0), 0.0, 1.0).squeeze(), cmap="gray", vmin=0.0, vmax=1.0)
+            _show(column[0], _grid(examples, empty=1.0))
             for axis in column:
                 axis.set_axis_off()
                 axis.set_anchor("N")
@@ -159,6 +160,12 @@ def gallery(title: str, panels: Mapping[str, tuple[np.ndarray, np.ndarray | None
     if sigmas:
         figure.colorbar(shown, ax=list(axes[-1]), label=f"sigma [{unit}]")
     return figure
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    """Shows an image [H, W, 1 or 3] on [0, 1]; a side may be 1."""
+    pixels = np.clip(image, 0.0, 1.0)
+    axis.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0.0, vmax=1.0)
 
 
 def _grid(images: np.ndarray, *, empty: float) -> np.ndarray:

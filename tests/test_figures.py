@@ -284,3 +284,13 @@ def test_nothing_global_is_touched():
     before = {name: value for name, value in matplotlib.rcParams.items() if name != "backend"}
     figures.losses({"F-VAE": curves()})
     assert {name: value for name, value in matplotlib.rcParams.items() if name != "backend"} == before
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (5, 1, 1)])
+def test_images_with_a_side_of_one(shape):
+    images = np.random.default_rng(0).uniform(size=(3, *shape))
+    strips = figures.image_panels([figures.Panel("", *5 * [images])], unit="pixel").axes
+    grid = figures.gallery("", {"means": (images, images)}, unit="pixel").axes[0]
+    height, width, _ = shape
+    for axis, columns in ((strips[0], 3), (strips[4], 3), (grid, 8)):
+        assert axis.images[0].get_array().shape[:2] == (height, columns * width)

@@ -132,6 +132,7 @@ def test_palette_keeps_colours_of_thin_lines(tmp_path):
         PIL.Image.fromarray(pixels).save(tmp_path / "toy" / "figures" / f"{name}.png")
     drawn = page.figures(tmp_path, ["toy"])
     assert set(drawn) == {f"figures/toy-{name}.png" for name in page.TOY_FIGURES}
+    assert page.figures(tmp_path, ["digits"]) == {}, "none where none was drawn"
     png = drawn["figures/toy-elbo.png"]
     assert len(png) < 0.5 * (tmp_path / "toy" / "figures" / "elbo.png").stat().st_size
     with PIL.Image.open(io.BytesIO(png)) as image:

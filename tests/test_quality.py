@@ -222,6 +222,14 @@ def test_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
     assert not (run_dir / "quality.json").exists()
 
 
+def test_data_set_with_too_few_images(run_dir, monkeypatch):
+    """Precision and recall need neighbours: said before the classifier is trained."""
+    monkeypatch.setattr(images, "tfds_images", lambda name, **options: (TRAIN, TEST[:3]))
+    monkeypatch.setattr(quality, "train_classifier", None)
+    with pytest.raises(command.UsageError, match="384 training and 3 test images, give a run of one with more than 3"):
+        run(run_dir)
+
+
 BAD_FLAGS = {
     "": "--run_dir: give the directory of a finished run",
     "--run_dir=. --classifier_steps=0": "--classifier_steps=0: must be at least 1",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import filled
 
-from experiments import report
+from experiments import domains, report
+from experiments.programs import Pictures
 from experiments.results import Member, Row, Summary
 from experiments.variants import VARIANTS, Sigma
 from lvae_jax import diagnostics, figures, runs, toy
@@ -353,3 +354,22 @@ def test_any_run_is_drawn(case, tmp_path, monkeypatch):
         np.testing.assert_allclose(elbos[:, 50], expected)
     limited = {row.sigma: row.best_elbo[1] for row in summary.rows if row.best_elbo}
     np.testing.assert_array_equal(options["limits"], np.reshape(sorted(limited.items()), (-1, 2)).T)
+
+
+def test_figure_that_cannot_be_drawn_is_left_out(tmp_path):
+    summary, lines = summarise([members("ls")], kind="density"), []
+    metrics(tmp_path, summary.members)
+
+    def draw_panels(panels, unit):
+        raise ValueError("no\nimage")
+
+    report.draw(tmp_path, summary, [], draw_panels=draw_panels, echo=lines.append)
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == {"losses", "sigma", "elbo"}
+    assert lines == [f"{tmp_path / 'figures' / 'samples.png'} is left out, it cannot be drawn: no image"]
+
+
+def test_measures_that_an_image_lacks_are_left_out():
+    for shape in ((4, 1, 1, 1), (4, 2, 5, 3)):
+        images = RNG.uniform(size=shape)
+        pictures = Pictures(*4 * [images[None]])
+        assert domains.image_measures(pictures, images, None) == {}
