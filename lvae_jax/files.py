@@ -3,6 +3,7 @@
 | content | examples |
 |---|---|
 | uint8 [N, H, W] or [N, H, W, C], or a folder of PNG, JPEG and WebP files | images of grey levels |
+| a folder with MNIST's archives, packed or not, or those of a data set like it | its train and test images |
 | floats [N, H, W] or [N, H, W, C] from 0 to 1 | images without grey levels |
 | floats [N, D] | points of D dimensions, of any unit |
 
@@ -11,8 +12,11 @@ one; a file or an image more changes that draw.
 """
 
 import contextlib
+import gzip
 import hashlib
 import os
+import re
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -30,6 +34,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 GREY, TRANSPARENT = ("1", "L", "LA"), ("LA", "PA", "RGBA")  # Pillow's modes
 ORIENTATION = 0x0112  # EXIF's tag
 LARGEST = 1e15  # of float values: squares have to fit into float32
+IDX = ("train", "t10k")  # how the names of MNIST's archives begin
 SPLIT_SEED = 0  # of the draw of the test split
 
 Item = TypeVar("Item")
@@ -53,12 +58,13 @@ def peek(path: str, *, image_size: int | None = None) -> tuple[tuple[int, ...], 
       DatasetError: as `load` says, as far as that can be seen without reading the data.
     """
     source = Path(path).expanduser()
+    if archives := _archives(source):
+        return (*_idx(archives[0], image_size, header=True).shape[1:], 1), True
     if source.is_dir():
         channels, size = _header(source / next(iter(_files(source))))
         width, height = size if image_size is None else (image_size, image_size)
         return (height, width, channels), True
-    if image_size is not None:
-        raise DatasetError(f"`image_size` is for folders of images, {source} is a file: leave it out")
+    _check_fixed(source, image_size)
     shape, dtype = _read(source, _array_header)[0]
     return _shape(shape, dtype, source), dtype.kind in "ub"
 
@@ -84,7 +90,9 @@ def load(
         or several in one file.
     """
     source = Path(path).expanduser()
-    if source.is_dir():
+    if archives := _archives(source):
+        parts = [_idx(archive, image_size)[..., None] for archive in archives]
+    elif source.is_dir():
         parts = [_folder(source, image_size, cache_dir)]
     else:
         parts = [_examples(array, source) for array in _read(source, _array)]
@@ -100,21 +108,60 @@ def load(
 
 
 def fingerprint(path: str) -> str:
-    """A digest of the file's bytes, or of the names and sizes of the images in the folder. A copy has the same one.
+    """A digest of the bytes of a file or of archives, or of the names and sizes of the images in a folder. A copy has
+    the same one.
 
     Raises:
       DatasetError: it cannot be read.
     """
     source = Path(path).expanduser()
-    if source.is_dir():
+    archives = _archives(source)
+    if source.is_dir() and not archives:
         return cache.digest(f"{name} {stat.st_size}" for name, stat in _files(source).items())
     try:
-        with open(source, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        digests = []
+        for name in archives or [source]:
+            with open(name, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return cache.digest(digests)
     except OSError as error:
         raise DatasetError(
             f"{source} cannot be read ({error.strerror}): give a .npy or .npz file or a folder"
         ) from None
+
+
+def _archives(folder: Path) -> list[Path]:
+    """The files of the training and of the test images in a folder with MNIST's archives; none in any other."""
+    try:
+        names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    except OSError:
+        return []
+    found = [[name for name in names if re.fullmatch(rf"{split}-images[-.]idx3-ubyte(\.gz)?", name)] for split in IDX]
+    return [folder / of_split[0] for of_split in found] if all(found) else []
+
+
+def _idx(archive: Path, image_size: int | None, *, header: bool = False) -> np.ndarray:
+    """The images in a file of the IDX format of 8-bit numbers, uint8 [N, H, W]; with `header`, their shape alone
+    counts."""
+    _check_fixed(archive, image_size)
+    try:
+        with gzip.open(archive) if archive.suffix == ".gz" else open(archive, "rb") as file:
+            # Two zeros, the type 8 of unsigned bytes, 3 axes; then the sizes of the axes.
+            magic, *shape = struct.unpack(">4I", file.read(16))
+            if magic != 0x0803:
+                raise ValueError(f"it begins with {magic:#010x}, not with 0x00000803")
+            if header:
+                return np.broadcast_to(np.uint8(0), shape)
+            return np.frombuffer(file.read(), np.uint8).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise DatasetError(
+            f"{archive} cannot be read as images in the IDX format ({error}): take the original"
+        ) from None
+
+
+def _check_fixed(source: Path, image_size: int | None) -> None:
+    if image_size is not None:
+        raise DatasetError(f"`image_size` is for folders of images, {source} has one size: leave it out")
 
 
 def _read(source: Path, read: Callable[[Any], Item]) -> list[Item]:

@@ -1,5 +1,6 @@
 """Data of one's own: arrays, and folders of images in every format that people have."""
 
+import gzip
 import os
 import zlib
 from pathlib import Path
@@ -277,6 +278,28 @@ def test_unfit_images_are_named(case, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_archives_like_those_of_mnist(packed, tmp_path):
+    """As downloaded, or unpacked with either of the names in use."""
+    expected = {"train": PIXELS, "t10k": PIXELS[:4]}
+    for split, pixels in expected.items():
+        content = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in pixels.shape) + pixels.tobytes()
+        name = f"{split}-images-idx3-ubyte.gz" if packed else f"{split}-images.idx3-ubyte"
+        (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(b"")
+    assert files.peek(str(tmp_path)) == ((6, 8, 1), True)
+    data = datasets.load(str(tmp_path))
+    np.testing.assert_array_equal(data.train[..., 0], PIXELS)
+    np.testing.assert_array_equal(data.test[..., 0], PIXELS[:4])
+    before = files.fingerprint(str(tmp_path))
+    (tmp_path / name).write_bytes(gzip.compress(content[:-9]) if packed else content[:-9])
+    assert files.fingerprint(str(tmp_path)) != before
+    with pytest.raises(datasets.DatasetError, match=r"t10k-images.* cannot be read as images in the IDX format"):
+        datasets.load(str(tmp_path))
+    with pytest.raises(datasets.DatasetError, match="`image_size`"):
+        datasets.check(str(tmp_path), image_size=8)
+
+
 def test_a_copy_has_the_same_fingerprint(tmp_path):
     path = array_file(tmp_path / "x.npy", x=POINTS)
     other = array_file(tmp_path / "y.npy", x=POINTS)
@@ -292,7 +315,7 @@ def test_a_copy_has_the_same_fingerprint(tmp_path):
     [
         (POINTS, {"levels": 4}, "`levels` is for images of grey levels"),
         (POINTS, {"flip": True}, "`flip` is for images"),
-        (POINTS, {"image_size": 8}, "`image_size` is for folders"),
+        (POINTS, {"image_size": 8}, "`image_size` is for folders of images"),
         (PIXELS / 255.0, {"dequantize": True}, "`dequantize` is for images of grey levels"),
         (PIXELS, {"fake_data": True}, "`fake_data` does not go with files of your own"),
         (PIXELS, {"manual_dir": "x"}, "`manual_dir` does not go with files of your own"),
@@ -369,4 +392,4 @@ def test_runs_of_own_data_do_not_depend_on_where_these_lie(tmp_path):
     grey = sigma_sweep.configure(dataset=array_file(tmp_path / "grey.npy", x=PIXELS))
     assert (grey.own_kind, grey.discretise, len(grey.widths)) == ("images", True, 3)
     floats = sigma_sweep.configure(dataset=array_file(tmp_path / "floats.npy", x=PIXELS / 255.0))
-    assert (floats.own_kind, floats.discretise) == ("images", False)
+    assert (floats.own_kind, floats.discretise) == ("float images", False)
