@@ -140,7 +140,12 @@ def paths(**given: str | None) -> dict[str, Any]:
 def define_places(*, celeba: bool = True) -> None:
     """Defines the flags that say where data are: the folders of `datasets.load`."""
     with group("the data"):
-        flags.DEFINE_string("data_dir", None, "folder of TFDS's prepared data sets (default: ~/tensorflow_datasets)")
+        flags.DEFINE_string(
+            "data_dir",
+            None,
+            "folder of prepared data sets and caches (default: ~/.cache/lvae_jax, and TFDS's own if it holds the data as "
+            "array_record)",
+        )
         flags.DEFINE_string("manual_dir", None, "folder of the data set's original archives, to download nothing")
         if celeba:
             flags.DEFINE_string(

@@ -143,7 +143,7 @@ def run(
         raise command.UsageError(f"--classifier_steps={classifier_steps}: must be at least 1")
     path = command.path("run_dir", run_dir)
     config, summary = sweep.read_run(path)
-    if config.fake_data or summary.levels is None:
+    if config.fake_data or not sweep.domain(config).has_levels:
         what = "with --fake_data" if config.fake_data else f"of the {config.dataset}"
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / "quality.json"

@@ -104,7 +104,7 @@ def check(config: Config, **places: Any) -> None:
         number = "one positive number" if domain.one_width else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")
     if config.discretise and not domain.has_levels:
-        raise command.UsageError("--discretise is for images with levels: leave it out, or give another --dataset")
+        raise command.UsageError("--discretise is for images with grey levels: leave it out, or give another --dataset")
     if config.discretise and config.dequantize:
         raise command.UsageError(EXCLUDING)
     if config.evidence and (domain.log_prob is None or config.latent_size > 2):

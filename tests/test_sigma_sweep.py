@@ -163,6 +163,7 @@ def test_run_that_another_process_writes_is_refused(tmp_path, monkeypatch):
     def load_slowly(*arguments, **options):
         runs.make_run(tmp_path, SMALL._asdict())
         runs.write_json(tmp_path / "summary.json", theirs.to_json())
+        return datasets.toy_stream()
 
     monkeypatch.setattr(datasets, "load", load_slowly)
     assert run_sweep(SMALL, tmp_path) == theirs
@@ -548,12 +549,12 @@ BAD = {
     "--warm_start=0.9": "from 0, for none, to 0.8",
     "--gain=0": "positive",
     "--num_components=0": "at least 1",
-    "--density": "--density is for images with levels",
+    "--density": "--density is for images with grey levels",
     "--dataset=mnist --density --discretise": "exclude each other",
     "--dataset=mnist --density --dequantize": "exclude each other",
     "--dataset=mnist --discretise --dequantize": "exclude each other",
-    "--discretise": "--discretise is for images with levels",
-    "--discretize": "--discretise is for images with levels",
+    "--discretise": "--discretise is for images with grey levels",
+    "--discretize": "--discretise is for images with grey levels",
     "--dequantise": "`dequantize` is for images",
     "--levels=32": "`levels` is for images",
     "--dataset=mnist --evidence": "--evidence is for --dataset=toy",
