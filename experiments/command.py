@@ -1,9 +1,11 @@
 """Flags, errors and run directories of all commands: bad flags end in one line, a finished run is only reported."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
+import os
 import re
 import sys
 import textwrap
@@ -96,10 +98,20 @@ def start(name: str, main: Callable[[], None]) -> None:
                 sys.exit(128 + number)
             if isinstance(error, (UsageError, datasets.DatasetError, runs.RunError)):
                 sys.exit(f"{name}: {with_flags(str(error))}")
+            if is_full(error):
+                sys.exit(f"{name}: no space is left on a disk; make room, and the same command goes on")
             raise
         signals.exit_at_once(name)
 
     app.run(guarded, flags_parser=parse)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or a quota is behind the error; Orbax tells of it in the text of errors of its own."""
+    if error is None:
+        return False
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return any(text in str(error) for text in texts) or is_full(error.__cause__ or error.__context__)
 
 
 def with_flags(message: str) -> str:
@@ -218,6 +230,8 @@ def run(
             if find() is None:  # nor has another finished it in the meantime
                 runs.make_run(path, config._asdict())
                 summary = compute()
+                if not (path / "flags.json").exists():
+                    raise runs.RunError(f"{path} was emptied while its run was under way: delete it and start again")
                 runs.write_json(path / "summary.json", summary.to_json())
                 echo(table(summary))
                 echo(f"metrics, checkpoints, figures and summary.json: {path}")

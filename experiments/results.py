@@ -34,7 +34,7 @@ class Result:
         """The inverse of `to_json`; names that are no fields are ignored.
 
         Raises:
-          TypeError: a field without a default is missing.
+          TypeError: a field without a default is missing, or a value is not of the type of its field.
         """
         # Newer versions add fields with defaults: files of older and of newer ones can be read.
         kinds = typing.get_type_hints(cls)
@@ -53,10 +53,28 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(kind: Any, value: Any) -> Any:
     """`value` as a field of the type `kind`: a JSON value, or a `Result`, one or None or a list of them."""
+    if not fits(kind, value):
+        raise TypeError(f"not of the type {kind}")
     parts = [part for part in (kind, *typing.get_args(kind)) if isinstance(part, type) and issubclass(part, Result)]
     if not parts or value is None:
         return value
     return [parts[0].from_json(each) for each in value] if isinstance(value, list) else parts[0].from_json(value)
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value can be one of the type `kind`: tuples are lists there, a `Result` an object."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(parts[0], each) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(parts[1], each) for each in value.values())
+    if parts:
+        return any(fits(part, value) for part in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    if issubclass(kind, Result):
+        return isinstance(value, dict)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def read(file: Path, kind: type[AnyResult]) -> AnyResult:
@@ -68,7 +86,9 @@ def read(file: Path, kind: type[AnyResult]) -> AnyResult:
     try:
         return kind.from_json(runs.read_json(file))
     except TypeError:
-        raise runs.RunError(f"{file} is of an older version: move it, and repeat the command that wrote it") from None
+        raise runs.RunError(
+            f"{file} is damaged or of an older version: move it, and repeat the command that wrote it"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +244,8 @@ class Summary(Limits):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """As `Result.from_json`; runs from before the number of levels was recorded have 8 bits."""
+        if not values.get("rows"):
+            raise TypeError("a sweep has rows")
         return super().from_json({"levels": None if values.get("kind") == POINTS else 256} | dict(values))
 
 

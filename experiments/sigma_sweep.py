@@ -144,12 +144,13 @@ def imported_record(config: Config, path: Path) -> Record | None:
     if config.sigma_from is None:
         return None
     copy, source = path / "ls_sigma.npy", Path(config.sigma_from)
+    scheduled = any(VARIANTS[variant].sigma is Sigma.SCHEDULED for variant in config.variants)
     if not copy.exists():
         if not (source / "summary.json").exists() or not (source / "ls_sigma.npy").exists():
             raise command.UsageError(f"--sigma_from={source}: no finished run with LS-VAEs there")
         theirs = runs.read_flags(source, defaults=config._field_defaults)
         names = ["dataset", *data_options(config), "celeba_files", "own_files", "discretise", "seed", "num_seeds"]
-        names += ["num_steps"] if any(VARIANTS[v].sigma is Sigma.SCHEDULED for v in config.variants) else []
+        names += ["num_steps"] if scheduled else []
         for name in names:
             if theirs.get(name) != getattr(config, name):
                 raise command.UsageError(
@@ -157,12 +158,17 @@ def imported_record(config: Config, path: Path) -> Record | None:
                 )
     file = copy if copy.exists() else source / "ls_sigma.npy"
     try:
-        return np.load(file)
-    except (OSError, ValueError, EOFError):
-        raise command.UsageError(
-            f"{file} is damaged: "
-            + ("delete it, to have it copied again" if file == copy else "repeat its run in another --run_dir")
-        ) from None
+        record = np.load(file)
+        long_enough = record.shape[1] == config.num_steps + 1 if scheduled else record.shape[1] > 1
+        whole = long_enough and record.shape[0] == config.num_seeds and record.ndim == 2 and record.dtype.kind == "f"
+        if whole and np.isfinite(record).all() and (record > 0.0).all():
+            return record
+    except (OSError, ValueError, EOFError, IndexError):
+        pass
+    again = (
+        "to have it copied again" if file == copy else f"and {source / 'summary.json'}, and repeat that run's command"
+    )
+    raise command.UsageError(f"{file} is damaged: delete it, {again}")
 
 
 def train_all(

@@ -5,6 +5,7 @@ The commands that train, report or use a sweep import this module, and not each 
 
 import functools
 import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -360,6 +361,9 @@ def read_run(path: Path) -> tuple[Config, Summary]:
         raise runs.RunError(f"{path} holds no run of this version of experiments.sigma_sweep: give another --run_dir")
     if not (path / "summary.json").exists():
         raise runs.RunError(f"{path} holds an unfinished run: repeat its command, which finishes it")
+    for name, kind in typing.get_type_hints(Config).items():
+        if not results.fits(kind, recorded[name]):
+            raise runs.RunError(f"{path / 'flags.json'} is damaged: {name} cannot be {recorded[name]!r}, restore it")
     summary = results.read(path / "summary.json", Summary)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     return Config._make(values[name] for name in Config._fields), summary

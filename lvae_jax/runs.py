@@ -176,11 +176,22 @@ def _temporary(file: Path) -> Path:
 
 
 def append_metrics(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines to the run's metrics.jsonl."""
+    """Adds lines to the run's metrics.jsonl.
+
+    Raises:
+      RunError: the run directory is no longer there.
+    """
     if jax.process_index() != 0:
         return
+    _check_there(path)
     with open(path / "metrics.jsonl", "a") as file:
         file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _check_there(path: Path) -> None:
+    # To make it again would leave files without flags.json, a directory that no command accepts.
+    if not path.exists():
+        raise RunError(f"{path} was deleted or moved while its run was under way: start the command again")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -189,14 +200,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     A last line that was cut short by an interruption is left out.
 
     Raises:
-      RunError: another line is damaged.
+      RunError: another line is damaged, or the file cannot be read.
     """
     file = path / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    where = ""
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
-        raise RunError(f"{file} is damaged: delete {path} to start again, or give another `path`") from None
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            where = f" in line {number}"
+            if line.endswith(b"\n"):
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict) or not {"group", "member", "step"} <= rows[-1].keys():
+                    raise ValueError("no line of metrics")
+        return rows
+    except (OSError, ValueError):
+        raise RunError(
+            f"{file} is damaged{where}: restore it, or delete {path} to start again, or give another `path`"
+        ) from None
 
 
 def read_curves(path: Path) -> dict[tuple[str, int], dict[str, np.ndarray]]:
@@ -215,7 +236,12 @@ def read_curves(path: Path) -> dict[tuple[str, int], dict[str, np.ndarray]]:
 
 
 def rewind_metrics(path: Path, group: str, step: int) -> None:
-    """Drops the lines of `group` after `step`: a resumed run writes them again."""
+    """Drops the lines of `group` after `step`: a resumed run writes them again.
+
+    Raises:
+      RunError: see `read_metrics` and `append_metrics`.
+    """
+    _check_there(path)
     rows = [row for row in read_metrics(path) if row["group"] != group or row["step"] <= step]
     replace(
         path / "metrics.jsonl", lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -235,6 +261,7 @@ class Checkpoints:
             barrier_sync_key_prefix=f"process-{jax.process_index()}",
         )
         # Orbax refuses to make the directory for such a manager.
+        _check_there(path)
         self._path.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._path,
@@ -265,8 +292,8 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises whatever its storage layers raise
             raise RunError(
-                f"the checkpoint {self._path / str(step)} is damaged, or of another shape or version: "
-                "repeat the run in another `path`"
+                f"the checkpoint {self._path / str(step)} is damaged, or of another shape or version: delete "
+                f"{self._path}, and summary.json if there is one, and the run's command trains this part again"
             ) from error
 
     def __enter__(self) -> "Checkpoints":

@@ -481,7 +481,7 @@ def test_damaged_checkpoint_is_refused(toy, tmp_path):
     copy = damaged_run(toy, tmp_path / "run", truncate)
     result = run_command("experiments.generate", f"--run_dir={copy}")
     assert result.returncode != 0
-    assert "damaged, or of another shape or version: repeat" in result.stderr
+    assert "damaged, or of another shape or version: delete" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (copy / "generated").exists()
 

@@ -25,7 +25,7 @@ def test_shipped_summary_is_read_and_written_unchanged(file):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_results_survive_a_round_trip(kind):
-    value = filled(kind)
+    value = filled(kind, rows=[filled(Row)]) if kind is Summary else filled(kind)
     text = json.dumps(value.to_json())
     assert kind.from_json(json.loads(text)) == value
     assert "null" not in text or kind in (Summary, results.Generated), "what does not apply is left out"
@@ -58,7 +58,7 @@ def test_generated_files_belong_to_a_run_wherever_it_lies():
 
 @pytest.mark.parametrize(("kind", "levels"), [("points", None), ("density", 256)])
 def test_levels_of_old_runs(kind, levels):
-    values = filled(Summary, kind=kind, levels=17).to_json()
+    values = filled(Summary, kind=kind, levels=17, rows=[filled(Row)]).to_json()
     del values["levels"]
     assert Summary.from_json(values).levels == levels
 
@@ -68,7 +68,11 @@ def test_levels_of_old_runs(kind, levels):
     [
         ("{", "cannot be read"),
         ("[1]", "cannot be read"),
+        ("{}", "of an older version: move it, and repeat the command that wrote it"),
         ('{"rows": []}', "of an older version: move it, and repeat the command that wrote it"),
+        (json.dumps(filled(Quality).to_json() | {"rows": 5}), "damaged or of an older version"),
+        (json.dumps(filled(Quality).to_json() | {"rows": [5]}), "damaged or of an older version"),
+        (json.dumps(filled(Quality).to_json() | {"num_images": "5"}), "damaged or of an older version"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, content, message):
@@ -76,6 +80,12 @@ def test_other_files_are_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(runs.RunError, match=message) as error:
         results.read(tmp_path / "quality.json", Quality)
     assert "\n" not in str(error.value)
+
+
+def test_sweep_without_rows_is_damaged(tmp_path):
+    runs.write_json(tmp_path / "summary.json", filled(Summary).to_json())
+    with pytest.raises(runs.RunError, match="damaged"):
+        results.read(tmp_path / "summary.json", Summary)
 
 
 # Tables

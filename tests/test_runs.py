@@ -106,13 +106,37 @@ def test_all_processes_hear_of_a_lock(tmp_path, monkeypatch):
 
 def test_metrics_survive_an_interruption_and_are_rewound_by_group(tmp_path):
     assert runs.read_metrics(tmp_path) == []
-    rows = [{"group": group, "step": step} for step in (1, 2, 3) for group in ("ls", "lv")]
+    rows = [{"group": group, "member": 0, "step": step} for step in (1, 2, 3) for group in ("ls", "lv")]
     runs.append_metrics(tmp_path, rows)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"group": "ls", "st')
     assert runs.read_metrics(tmp_path) == rows
     runs.rewind_metrics(tmp_path, "ls", 1)
     assert runs.read_metrics(tmp_path) == [row for row in rows if row["group"] == "lv" or row["step"] == 1]
+
+
+@pytest.mark.parametrize("line", [b"5", b"{}", b"{", b"\xff", b'{"group": "ls", "member": 0}'])
+def test_damaged_metrics_are_refused(tmp_path, line):
+    good = b'{"group": "ls", "member": 0, "step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(runs.RunError, match=r"metrics\.jsonl is damaged in line 2: restore it, or delete"):
+        runs.read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(runs.RunError, match="is damaged: restore it"):
+        runs.read_metrics(tmp_path)
+
+
+def test_deleted_run_is_not_made_again(tmp_path):
+    gone = tmp_path / "run"
+    for write in (
+        lambda: runs.append_metrics(gone, [{"step": 1}]),
+        lambda: runs.rewind_metrics(gone, "ls", 0),
+        lambda: runs.Checkpoints(gone, "ls"),
+    ):
+        with pytest.raises(runs.RunError, match="deleted or moved while its run was under way"):
+            write()
+    assert not gone.exists()
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
@@ -154,7 +178,7 @@ def test_newest_checkpoint_comes_back_to_the_bit(tmp_path):
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     saved(tmp_path)
-    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: repeat"):
+    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: delete"):
         runs.Checkpoints(tmp_path, "ls").restore(tree(size=5))
 
 
@@ -165,6 +189,6 @@ def test_checkpoint_cut_short_is_refused_and_kept(tmp_path):
             with open(file, "r+b") as handle:
                 handle.truncate(file.stat().st_size // 2)
     before = contents(tmp_path)
-    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: repeat"):
+    with pytest.raises(runs.RunError, match="damaged, or of another shape or version: delete"):
         runs.Checkpoints(tmp_path, "ls").restore(tree())
     assert contents(tmp_path) == before

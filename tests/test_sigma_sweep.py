@@ -1,6 +1,7 @@
 """The main job, end to end: interrupted and resumed, and given nonsense."""
 
 import collections
+import errno
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from conftest import call, filled, run_command
 
 from experiments import command, domains, hosts, loop, programs, report, results, sigma_sweep, sweep
 from experiments.programs import Group, Programs
-from experiments.results import Summary
+from experiments.results import Row, Summary
 from experiments.variants import FOLLOWERS
 from lvae_jax import datasets, evaluation, likelihoods, networks, runs, toy, training
 from lvae_jax import vae as vae_lib
@@ -158,7 +159,7 @@ def test_run_that_another_process_writes_is_refused(tmp_path, monkeypatch):
         with pytest.raises(runs.RunError, match="another process writes in"):
             run_sweep(SMALL, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [runs.LOCK]
-    theirs = filled(Summary, kind="points")
+    theirs = filled(Summary, kind="points", rows=[filled(Row)])
 
     def load_slowly(*arguments, **options):
         runs.make_run(tmp_path, SMALL._asdict())
@@ -205,8 +206,15 @@ def test_damaged_copy_of_sigma(toy_run, tmp_path):
         copy.write_bytes(content)
         with pytest.raises(command.UsageError, match=r"ls_sigma\.npy is damaged: delete it"):
             run_sweep(config, tmp_path)
-    copy.unlink()
     record = np.load(toy_run.path / "ls_sigma.npy")
+    for other in (record[0], record[:1], record[:, :1], record.astype(str), -record, record * np.nan, np.float64(1.0)):
+        np.save(copy, other)
+        with pytest.raises(command.UsageError, match=r"ls_sigma\.npy is damaged: delete it"):
+            sigma_sweep.imported_record(config, tmp_path)
+    np.save(copy, record[:, :-1])
+    with pytest.raises(command.UsageError, match="is damaged"):
+        sigma_sweep.imported_record(config._replace(variants=("replay",)), tmp_path)
+    copy.unlink()
     np.testing.assert_array_equal(sigma_sweep.imported_record(config, tmp_path), record)
     sigma_sweep.keep_record(tmp_path, 2.0 * record)
     np.testing.assert_array_equal(sigma_sweep.imported_record(config, tmp_path), 2.0 * record)
@@ -272,7 +280,7 @@ def test_damaged_checkpoint_stops_the_run_and_is_kept(toy_run, tmp_path):
     before = {file: file.stat().st_size for file in shards}
     result = run_command(SWEEP, *toy_run.flags, f"--run_dir={run_dir}")
     assert result.returncode != 0
-    assert "damaged, or of another shape or version: repeat" in result.stderr
+    assert "damaged, or of another shape or version: delete" in result.stderr
     assert len(result.stderr.splitlines()) == 1, "before any work, the progress bar included"
     assert {file: file.stat().st_size for file in shards} == before
 
@@ -520,6 +528,24 @@ def test_held_out_images_are_dequantised(dequantized):
     expected = 1 / 3 / 256**2 if dequantized else 0.0
     assert np.mean(scores.mse) == pytest.approx(expected, rel=0.05)
     assert len(np.unique(scores.mse)) == (100 if dequantized else 1), "noise of its own for each image and seed"
+
+
+@pytest.mark.parametrize(("name", "value"), [("sigma", 0.1), ("num_steps", "5"), ("decay", 1), ("levels", [3])])
+def test_flags_of_wrong_types_are_refused(tmp_path, name, value):
+    runs.write_json(tmp_path / "flags.json", SMALL._asdict() | {name: value})
+    runs.write_json(tmp_path / "summary.json", {})
+    with pytest.raises(runs.RunError, match=rf"flags\.json is damaged: {name} cannot be"):
+        sweep.read_run(tmp_path)
+
+
+def test_full_disk_is_told_from_other_errors():
+    assert command.is_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    wrapped = ValueError("RESOURCE_EXHAUSTED: writing: No space left on device")
+    assert command.is_full(wrapped)
+    outer = RuntimeError("save failed")
+    outer.__cause__ = wrapped
+    assert command.is_full(outer)
+    assert not command.is_full(OSError(errno.EIO, "Input/output error"))
 
 
 BAD = {
