@@ -5,6 +5,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from experiments.results import AnyResult
 from lvae_jax import datasets, files, runs
 
 FLAGS_OF_ARGUMENTS = {"name": "dataset", "path": "run_dir"}  # where the names differ
+ALIASES = {"discretize": "discretise", "dequantise": "dequantize"}
 HELP = ("--help", "-help", "-h", "--helpshort", "-?")
 
 _groups: dict[str, list[str]] = {}  # the flags that --help lists, by title
@@ -50,6 +52,10 @@ with group("several processes"):
     flags.DEFINE_integer("process_id", None, "number of this process, from 0; process 0 writes and prints")
 
 
+SHARED = tuple(name for names in _groups.values() for name in names)
+LAST = tuple(_groups)  # in --help
+
+
 def help_text(about: str) -> str:
     """The flags in their groups, below the text `about` the program."""
 
@@ -61,8 +67,7 @@ def help_text(about: str) -> str:
         text = textwrap.wrap(flag.help + shown, 90, break_on_hyphens=False)
         return "\n".join([f"  {option}", *(f"      {part}" for part in text)])
 
-    last = ("the run", "several processes")
-    titles = [title for title in _groups if title not in last] + list(last)
+    titles = [title for title in _groups if title not in LAST] + list(LAST)
     sections = [f"{title}:\n" + "\n".join(map(lines, _groups[title])) for title in titles]
     return "\n\n".join([about.strip(), *sections])
 
@@ -92,7 +97,6 @@ def start(name: str, main: Callable[[], None]) -> None:
             main()
         except BaseException as error:
             number = signals.received()
-            signals.exit_at_once(name)
             if number is not None:  # whatever was made on the way of what it raised
                 print(signals.message(name, number), file=sys.stderr)
                 sys.exit(128 + number)
@@ -101,9 +105,23 @@ def start(name: str, main: Callable[[], None]) -> None:
             if is_full(error):
                 sys.exit(f"{name}: no space is left on a disk; make room, and the same command goes on")
             raise
-        signals.exit_at_once(name)
 
-    app.run(guarded, flags_parser=parse)
+    try:
+        with signals.as_before():
+            app.run(guarded, flags_parser=parse)
+    finally:
+        forget()
+
+
+def forget() -> None:
+    """Forgets the flags of a command and the values of those that all share: a notebook may run it again."""
+    for name in list(flags.FLAGS):
+        if name in SHARED:
+            flags.FLAGS[name].unparse()
+        elif name in (*ALIASES, *(name for names in _groups.values() for name in names)):
+            delattr(flags.FLAGS, name)
+    for title in set(_groups) - set(LAST):
+        del _groups[title]
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -144,9 +162,13 @@ def paths(**given: str | None) -> dict[str, Any]:
     """What `path` makes of each flag, as text; None for None. Equal paths have equal texts: ./a/ is a.
 
     Raises:
-      UsageError: see `path`.
+      UsageError: see `path`; or there is no folder of original archives, which nothing would make.
     """
-    return {name: None if text is None else str(path(name, text)) for name, text in given.items()}
+    found = {name: None if text is None else str(path(name, text)) for name, text in given.items()}
+    archives = found.get("manual_dir")
+    if archives is not None and not os.path.isdir(archives):
+        raise UsageError(f"--manual_dir={archives}: there is no such folder, give that of the original archives")
+    return found
 
 
 def define_places(*, celeba: bool = True) -> None:
@@ -170,17 +192,21 @@ def values(names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(flags.FLAGS, name) for name in names}
 
 
-def numbers(name: str, texts: Iterable[str], kind: type = float) -> tuple[Any, ...]:
+def numbers(name: str, texts: Sequence[str], kind: type = float) -> tuple[Any, ...]:
     """The numbers that the flag `name` lists.
 
     Raises:
       UsageError: a value is not a number.
     """
+    what = "whole number" if kind is int else "number"
     try:
-        return tuple(kind(text) for text in texts)
+        values = tuple(kind(text) for text in texts)
     except ValueError:
-        what = "whole number" if kind is int else "number"
         raise UsageError(f"--{name}={','.join(texts)}: every value must be a {what}") from None
+    for text, value in zip(texts, values, strict=True):
+        if kind is float and math.isinf(value) and "inf" not in text.lower():
+            raise UsageError(f"--{name}={text}: larger than any floating-point number, give a smaller one")
+    return values
 
 
 def file_name(dataset: str) -> str:

@@ -89,8 +89,7 @@ def check(config: Config) -> None:
             f"--radius={config.radius:g}: LS-VAEs here learn sigmas from half the critical one, {narrowest:.2g}, to R, "
             f"and none learns any outside {math.sqrt(math.e) * low:.2g} to {high / math.sqrt(math.e):.2g}: give another"
         )
-    if not 0 <= config.seed < 2**31 - config.num_seeds:
-        raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
+    options.check_seeds(config)
 
 
 def make_vae(variant: str, dim: int, latent_size: int, sigma: Any) -> vae_lib.VAE:

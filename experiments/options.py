@@ -118,6 +118,18 @@ def check(config: Any) -> None:
             raise command.UsageError(f"--{name}={_text((value,))}: must be {option.range.words}")
 
 
+def check_seeds(config: Any) -> None:
+    """Raises if the `num_seeds` consecutive seeds from `seed` on are not all 32-bit numbers from 0.
+
+    Raises:
+      command.UsageError: the message, one line, names the flag.
+    """
+    if config.num_seeds >= 2**31:
+        raise command.UsageError(f"--num_seeds={config.num_seeds}: must be below 2^31")
+    if not 0 <= config.seed < 2**31 - config.num_seeds:
+        raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
+
+
 def _base(kind: Any) -> Any:
     """The type of the values of a field that may also be None."""
     if isinstance(kind, types.UnionType):

@@ -113,8 +113,7 @@ def check(config: Config, **places: Any) -> None:
         )
     if not 0 <= config.warmup_steps < config.num_steps:
         raise command.UsageError(f"--warmup_steps={config.warmup_steps}: must be from 0 to num_steps - 1")
-    if not 0 <= config.seed < 2**31 - config.num_seeds:
-        raise command.UsageError(f"--seed={config.seed}: must be from 0 to 2^31 - num_seeds - 1")
+    options.check_seeds(config)
     datasets.check(config.dataset, **data_options(config), **places)
     if domain.alone and config.batch_size % jax.device_count():
         raise command.UsageError(
@@ -422,8 +421,8 @@ def define_flags() -> None:
     command.define_places()
     with command.group(sweep.LIKELIHOOD):
         flags.DEFINE_bool("density", False, "take the density at the grey levels instead, as the paper does")
-    flags.DEFINE_alias("discretize", "discretise")
-    flags.DEFINE_alias("dequantise", "dequantize")
+    for alias, name in command.ALIASES.items():
+        flags.DEFINE_alias(alias, name)
 
 
 def main() -> None:

@@ -36,6 +36,19 @@ def exit_at_once(name: str) -> None:
     _handle(lambda number, frame: _exit(name, number))
 
 
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """After this block, signals do what they did before it."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        yield
+    finally:
+        _received.clear()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def raise_stopped(name: str) -> None:
     """From now on, a signal raises `Stopped`, and another one, later, ends the process at once."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from experiments import domains, results
-from experiments.options import Option, Range, at_least, from_none_to, positive
+from experiments.options import Option, Range, at_least, declared, from_none_to, positive
 from experiments.programs import Group
 from experiments.results import Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
@@ -242,8 +242,15 @@ class Config(NamedTuple):
 
 def configure(**options: Any) -> Config:
     """The config of these values. Those that are missing or None have the defaults of the data set and of densities or
-    probabilities."""
-    given = {name: value for name, value in options.items() if value is not None}
+    probabilities. Where several values are allowed, one alone, a list and an array are also taken.
+
+    Raises:
+      datasets.DatasetError: the data set is a path that cannot be read.
+    """
+    several = [name for name, (kind, _) in declared(Config).items() if typing.get_origin(kind) is tuple]
+    given = {name: np.asarray(value).tolist() for name, value in options.items() if value is not None}
+    for name in set(several) & set(given):
+        given[name] = tuple(given[name]) if isinstance(given[name], list) else (given[name],)
     name = given.get("dataset", "toy")
     if files.is_path(name):
         shape, has_levels = files.peek(name, image_size=given.get("image_size"))

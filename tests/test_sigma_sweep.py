@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import PIL.Image
 import pytest
+from absl import flags
 from conftest import call, filled, run_command
 
 from experiments import command, domains, hosts, loop, programs, report, results, sigma_sweep, sweep
@@ -451,6 +452,27 @@ def test_probabilities_of_a_model_trained_on_them_are_its_elbo(tmp_path, monkeyp
     assert member.code_elbo == pytest.approx(member.elbo, rel=1e-6)
 
 
+def test_values_that_a_notebook_gives():
+    config = sigma_sweep.configure(sigma=np.array([0.1, 1.0]), widths=8, variants="ls", num_steps=np.int64(7))
+    assert config == sigma_sweep.configure(sigma=(0.1, 1.0), widths=(8,), variants=("ls",), num_steps=7)
+    json.dumps(config._asdict())
+    assert sigma_sweep.configure(sigma=0.1).sigma == (0.1,)
+
+
+def test_command_runs_twice_in_one_process(monkeypatch, capsys):
+    """As a notebook's %run does; and signals and flags are as before."""
+    handlers, names = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], set(flags.FLAGS)
+    for words in (["--seed=-1", "--run_dir=x"], ["--seed=-1"]):
+        monkeypatch.setattr(sys, "argv", ["sigma_sweep", *words])
+        sigma_sweep.define_flags()
+        with pytest.raises(SystemExit, match="--seed=-1: must be from 0"):
+            command.start("sigma_sweep", sigma_sweep.main)
+        assert flags.FLAGS["run_dir"].value is None
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert names <= set(flags.FLAGS)
+    assert "seed" not in flags.FLAGS
+
+
 def test_defaults_of_each_kind_of_data():
     assert sigma_sweep.configure(dataset="mnist").discretise
     assert not sigma_sweep.configure(dataset="mnist", dequantize=True).discretise
@@ -598,6 +620,9 @@ BAD = {
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
     "--seed=-1": "from 0",
+    "--num_seeds=100000000000": "--num_seeds=100000000000: must be below 2^31",
+    "--sigma=1e400": "--sigma=1e400: larger than any",
+    "--dataset=mnist --manual_dir=/nowhere/at/all": "--manual_dir=/nowhere/at/all: there is no such folder",
     "--seed=2147483647": "from 0",
     "--beta=-1": "beta",
     "--beta=nan": "beta",
