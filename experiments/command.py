@@ -177,8 +177,8 @@ def define_places(*, celeba: bool = True) -> None:
         flags.DEFINE_string(
             "data_dir",
             None,
-            "folder of prepared data sets and caches (default: ~/.cache/lvae_jax, and TFDS's own if it holds the data as "
-            "array_record)",
+            "folder of prepared data sets and caches (default: ~/.cache/lvae_jax, or TFDS's own if that holds the data "
+            "set as array_record)",
         )
         flags.DEFINE_string("manual_dir", None, "folder of the data set's original archives, to download nothing")
         if celeba:
