@@ -42,9 +42,11 @@ class Option(NamedTuple):
     repeats: bool = False
 
 
-def at_least(low: int) -> Range:
-    """Numbers from `low` on."""
-    return Range(lambda value: value >= low, f"at least {low}")
+def at_least(low: int, *, at_most: int | None = None) -> Range:
+    """Numbers from `low` on, up to `at_most`."""
+    high = math.inf if at_most is None else at_most
+    words = f"at least {low}" + (f", and at most {at_most}" if at_most is not None else "")
+    return Range(lambda value: low <= value <= high, words)
 
 
 def positive() -> Range:

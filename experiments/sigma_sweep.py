@@ -21,7 +21,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, hosts, loop, options, report, survey, sweep
+from experiments import command, hosts, loop, options, report, sizes, survey, sweep
 from experiments.programs import Group, Programs
 from experiments.results import POINTS, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
@@ -65,7 +65,9 @@ def run(
         dataset = hosts.in_turn(lambda: datasets.load(source, **data_options(config), **places))
         if dataset.train is not None and jax.process_index() == 0:
             echo(survey.text(survey.survey(dataset), config.sigma))
-        return functools.partial(train_all, config, path, dataset, record, echo, pace)
+        sweep.check_memory(config, dataset.form)
+        fix = "give a smaller network or --batch_size, or fewer --num_importance_samples or --num_seeds"
+        return sizes.told(fix)(functools.partial(train_all, config, path, dataset, record, echo, pace))
 
     return command.run(
         config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, writes=["ls_sigma.npy"]
@@ -100,6 +102,8 @@ def check(config: Config, **places: Any) -> None:
             f"{LEADER}"
         )
     domain = sweep.domain(config)
+    if max(config.widths, default=0) > sweep.MOST or len(config.widths) > 16:
+        raise command.UsageError(f"--widths: give at most 16 numbers, up to {sweep.MOST}")
     if min(config.widths, default=0) < 1 or (domain.one_width and len(config.widths) > 1):
         number = "one positive number" if domain.one_width else "positive numbers"
         raise command.UsageError(f"--widths={','.join(map(str, config.widths))}: give {number}")

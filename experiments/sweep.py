@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import domains, results
+from experiments import command, domains, results, sizes
 from experiments.options import Option, Range, at_least, declared, from_none_to, positive
 from experiments.programs import Group
 from experiments.results import Summary
@@ -26,6 +26,7 @@ from lvae_jax import vae as vae_lib
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 BALANCED = 0.8  # of the steps, the part before the balance of the LV-VAE's gradients falls
+MOST = 2**31 - 2  # whose successor 32 bits still hold
 RAMP = 0.2  # of the steps, those in which the warm start's log sigma gets its deviations
 
 
@@ -99,15 +100,22 @@ class Config(NamedTuple):
         Option(DATA, DATASETS),
     ] = "toy"
     num_seeds: Annotated[
-        int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1))
+        int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1, at_most=100_000))
     ] = 3
     seed: Annotated[int, Option(COMPARISON, "first of the consecutive seeds")] = 0
     num_steps: Annotated[
-        int, Option(TRAINING, lambda: f"gradient steps ({by_kind('num_steps')})", at_least(1), computed=True)
+        int,
+        Option(TRAINING, lambda: f"gradient steps ({by_kind('num_steps')})", at_least(1, at_most=MOST), computed=True),
     ] = 3000
-    batch_size: Annotated[int, Option(TRAINING, "examples in each step", at_least(1))] = 100
+    batch_size: Annotated[int, Option(TRAINING, "examples in each step", at_least(1, at_most=MOST))] = 100
     latent_size: Annotated[
-        int, Option(NETWORKS, lambda: f"dimensions of z ({by_kind('latent_size')})", at_least(1), computed=True)
+        int,
+        Option(
+            NETWORKS,
+            lambda: f"dimensions of z ({by_kind('latent_size')})",
+            at_least(1, at_most=MOST),
+            computed=True,
+        ),
     ] = 2
     widths: Annotated[
         tuple[int, ...],
@@ -126,7 +134,7 @@ class Config(NamedTuple):
         Option(
             NETWORKS,
             lambda: f"residual blocks of the encoder and of the decoder ({by_kind('num_blocks')})",
-            at_least(1),
+            at_least(1, at_most=100),
             computed=True,
         ),
     ] = 4
@@ -204,7 +212,7 @@ class Config(NamedTuple):
         Option(
             EVALUATION,
             "draws of the importance-weighted bound on log p(x), evaluated beside the ELBO; 0 for none",
-            Range(lambda value: value >= 0, "0, for none, or more"),
+            Range(lambda value: 0 <= value <= MOST, f"0, for none, or more, and at most {MOST}"),
         ),
     ] = 0
     evidence: Annotated[
@@ -345,6 +353,56 @@ def groups(
     if not domain(config).alone:
         return [group(variant, slice(None))]
     return [group(f"{variant}-{index}", slice(index, index + 1)) for index in range(len(seeds))]
+
+
+def memory(config: Config, form: datasets.Form) -> int:
+    """Bytes that training and evaluation of the config need at least, on data of this form, from shapes alone: the
+    states of the members that are trained together with their gradients, all layers for a batch, the records of sigma,
+    and the weights of importance samples of a chunk of the test split. Nothing is made."""
+    together, shape = 1 if domain(config).alone else config.num_seeds, form.shape
+    records = 8 * config.num_seeds * (config.num_steps + 1)
+    # `Programs` takes chunks of this size.
+    weights = 4 * config.num_importance_samples * max(1, min(1000, 2**20 // math.prod(shape)))
+    largest = 0
+    for variant in config.variants:
+        num_members = together * (len(config.sigma) if VARIANTS[variant].swept and together > 1 else 1)
+        # Neither steps nor sigmas change the shapes of a model.
+        vae = trained_vae(config._replace(num_steps=1, warmup_steps=0), variant, form)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        params = jax.eval_shape(functools.partial(vae_lib.init, vae=vae), key)
+        keys = jax.ShapeDtypeStruct((config.batch_size,), key.dtype)
+        x = jax.ShapeDtypeStruct((config.batch_size, *shape), np.float32)
+        batch = sizes.layers(lambda keys, params, x, vae=vae: vae_lib.elbo(keys, vae, params, x), keys, params, x)
+        states = sizes.nbytes(params) * (4 + bool(config.ema_decay))  # Adam has two moments
+        largest = max(largest, num_members * max(states + batch, weights))
+    return largest + records
+
+
+SIZES = ("widths", "latent_size", "num_blocks", "batch_size", "num_seeds", "num_steps", "num_importance_samples")
+
+
+def check_memory(config: Config, form: datasets.Form) -> None:
+    """Raises if the config needs more memory than there is, on data of this form: before anything is made.
+
+    Raises:
+      command.UsageError: the message, one line, names the flag that most of it is due to.
+    """
+    needed, there = memory(config, form), sizes.available()
+    if needed <= there:
+        return
+
+    def without(name: str) -> int:
+        value = getattr(config, name)
+        least: Any = (1,) * len(value) if isinstance(value, tuple) else min(1, value)
+        return memory(config._replace(**{name: least}), form)
+
+    # Several may be large; the one to lower is that without which the least is needed.
+    name = min(SIZES, key=without)
+    value = getattr(config, name)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    raise command.UsageError(
+        f"--{name}={text}: the run needs at least {sizes.text(needed)} of memory, of {sizes.text(there)}: give less"
+    )
 
 
 def any_record(config: Config) -> Record:

@@ -606,7 +606,7 @@ BAD = {
     "--dequantise": "`dequantize` is for images",
     "--levels=32": "`levels` is for images",
     "--dataset=mnist --evidence": "--evidence is for --dataset=toy",
-    "--num_importance_samples=-1": "must be 0, for none, or more",
+    "--num_importance_samples=-1": "must be 0, for none, or more, and at most 2147483646",
     "--sigma_from=nowhere --variants=replay": "no finished run",
     "--run_dir=/dev/null/run": "cannot be written",
     "--run_dir=gs://bucket/run": "--run_dir=gs://bucket/run: a URL",
