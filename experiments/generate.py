@@ -10,6 +10,8 @@ a figure of them as .png; generated.json beside them names the unit. The same `-
   interpolations, interpolation_stddevs     the mean and stddev of p(x|z) for z along P paths, both [P, 8, *S]
   images [N, *S]                            what --images gives, if anything
   reconstructions, reconstruction_stddevs   the mean and stddev of p(x|z) at its posterior's mean, both [N, *S]
+  codes, code_stddevs [N, L]                of the posterior q(z|x) of each image
+  elbos, log_likelihoods, kls [N]           the ELBO of each image in nats and its two terms, the mean of 16 draws of z
 
 *S is the shape of the data; a stddev is sigma, that of an image its sigma map. The paths join draws from the prior or,
 if there are two or more images, each of the first nine to the next.
@@ -17,6 +19,7 @@ if there are two or more images, each of the first nine to the next.
 
 import functools
 import hashlib
+import math
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +31,7 @@ import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, results, sweep
+from experiments import command, results, sizes, sweep
 from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
@@ -36,6 +39,9 @@ from lvae_jax import vae as vae_lib
 
 NUM_PATHS = 8
 NUM_POINTS = 8  # on each path, the ends included
+NUM_DRAWS = 16  # of z, for the ELBO of an image
+CHANNELS = {1: "L", 3: "RGB"}  # Pillow's modes
+MODES = {"L": "8-bit grey", "RGB": "8-bit RGB"}
 
 
 def run(
@@ -80,18 +86,31 @@ def run(
         members=[Chosen(variant=member.variant, sigma=member.sigma, seed=member.seed) for member in members],
         files=[file_name(member) for member in members],
     )
+    needed = 3 * 4 * num_samples * math.prod(shape)  # three arrays in float32
+    if needed > sizes.available():
+        raise command.UsageError(
+            f"--num_samples={num_samples}: needs at least {sizes.text(needed)} of memory, of "
+            f"{sizes.text(sizes.available())}: give less, and several --key_seed"
+        )
     claim(folder, record)
 
     key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
+    keys = datasets.example_keys(key, jnp.arange(0 if given is None else len(given)))
+    # The ELBO is that of the data as the model was trained on them.
+    seen = datasets.dequantize(keys, given, levels=levels or 256) if given is not None and config.dequantize else x
     shown = sweep.domain(config).num_in_gallery
     vaes = {variant: sweep.trained_vae(config, variant, form) for variant in groups.values()}
     programs = {
         variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
     }
+    scorers = {variant: jax.jit(functools.partial(scores, vae=vae)) for variant, vae in vaes.items()}
     for member, name in zip(members, record.files, strict=True):
         # One program for all members of a variant: sigma is in the parameters.
         params = jax.tree.map(lambda leaf, index=member.member: leaf[index], weights[member.group])
-        arrays = jax.device_get(programs[member.variant](key, params=params, x=x))
+        with sizes.told("give a smaller --num_samples, or fewer --images"):
+            arrays = jax.device_get(programs[member.variant](key, params=params, x=x))
+            if seen is not None:
+                arrays |= jax.device_get(scorers[member.variant](keys, params=params, x=seen))
         runs.replace(folder / f"{name}.npz", functools.partial(np.savez, **arrays))
         title = f"{VARIANTS[member.variant].title}, sigma = {member.sigma:.3g}, seed {member.seed}"
         figure = figures.gallery(title, panels(arrays, shape, shown=shown), unit=summary.unit)
@@ -168,11 +187,7 @@ def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.n
                 value = np.lib.format.read_array(stream)
         else:
             with PIL.Image.open(file, formats=["PNG", "JPEG"]) as image:
-                if image.mode not in ("L", "RGB"):
-                    raise command.UsageError(
-                        f"--images={file}: its pixels are in mode {image.mode}, save them as 8-bit grey or RGB"
-                    )
-                value = np.asarray(image).reshape(1, image.height, image.width, -1)
+                value = read_picture(file, image, shape)
     except FileNotFoundError:
         raise command.UsageError(f"--images={file}: there is no such file") from None
     except (
@@ -198,6 +213,30 @@ def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.n
     if not np.isfinite(points).all():
         raise command.UsageError(f"--images={file}: every coordinate must be a finite float32")
     return points
+
+
+def read_picture(file: Path, image: PIL.Image.Image, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels [1, H, W, C] of an opened PNG or JPEG file.
+
+    Raises:
+      command.UsageError: they are not those of the model's images: the message names the fix for an image.
+    """
+    if len(shape) != 3:
+        raise command.UsageError(f"--images={file}: the model is of points, give them as .npy [N, {shape[0]}]")
+    height, width, channels = shape
+    mode, frames = CHANNELS[channels], getattr(image, "n_frames", 1)
+    # Pillow keeps the high bytes of deep colours alone, and says nothing.
+    deep = image.mode[:1] in "IF" or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.format == "PNG" and frames > 1:
+        raise command.UsageError(f"--images={file}: an animation of {frames} frames, save each as an image of its own")
+    if deep or image.mode != mode:
+        found = "16-bit" if deep else MODES.get(image.mode, f"in mode {image.mode}")
+        raise command.UsageError(f"--images={file}: its pixels are {found}, save it in {MODES[mode]}")
+    if image.size != (width, height):
+        raise command.UsageError(
+            f"--images={file}: it has {image.width} x {image.height} pixels, scale it to {width} x {height}"
+        )
+    return np.asarray(image).reshape(1, *shape)
 
 
 def claim(folder: Path, record: Generated) -> None:
@@ -248,12 +287,34 @@ def pictures(
     return arrays
 
 
+def scores(
+    keys: Key[Array, " N"], *, vae: vae_lib.VAE, params: vae_lib.Params, x: Float[Array, "N *S"]
+) -> dict[str, Array]:
+    """The posterior and the ELBO of each image of one model, by the names in the module's docstring."""
+
+    def draw(index: Array) -> tuple[Array, ...]:
+        draw_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        terms = vae_lib.elbo(draw_keys, vae, params, x)
+        return terms.elbo, terms.log_likelihood, terms.kl
+
+    codes, log_stddevs = vae_lib.encode(vae, params, x)
+    elbos, log_likelihoods, kls = (values.mean(axis=0) for values in jax.lax.map(draw, jnp.arange(NUM_DRAWS)))
+    return {
+        "codes": codes,
+        "code_stddevs": jnp.exp(log_stddevs),
+        "elbos": elbos,
+        "log_likelihoods": log_likelihoods,
+        "kls": kls,
+    }
+
+
 def panels(
     arrays: dict[str, np.ndarray], shape: tuple[int, ...], *, shown: int | None
 ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """The panels of a figure of one model's arrays, at most `shown` examples each: title -> (examples, their
     stddevs)."""
-    flat = {name: array.reshape(-1, *shape)[:shown] for name, array in arrays.items()}
+    drawn = [name for name in arrays if name not in ("codes", "code_stddevs", "elbos", "log_likelihoods", "kls")]
+    flat = {name: arrays[name].reshape(-1, *shape)[:shown] for name in drawn}
     of_prior = {
         "samples": (flat["samples"], None),
         "means": (flat["means"], flat["stddevs"]),

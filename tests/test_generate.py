@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -258,6 +259,25 @@ def test_paths_between_prior_draws(monkeypatch):
         assert np.abs(correlations - np.eye(3)).max() < 0.05, "the ends, and the samples' z, are independent"
 
 
+def test_scores_of_images(image_run, photos, tmp_path):
+    """The codes are the posteriors'; the ELBOs are those of other draws, up to chance."""
+    noise = np.random.default_rng(0).integers(0, 256, photos[:1].shape, np.uint8)
+    np.save(tmp_path / "photos.npy", np.concatenate([photos, noise]))
+    run(image_run, out=str(tmp_path / "out"), images=[str(tmp_path / "photos.npy")], num_samples=1)
+    arrays = np.load(tmp_path / "out" / "lv-seed0.npz")
+    params, vae = restored(image_run, members_of(image_run, seed=0)[0])
+    x = jnp.asarray(arrays["images"])
+    mean, log_stddev = jax.jit(functools.partial(vae_lib.encode, vae))(params, x)
+    np.testing.assert_allclose(arrays["codes"], mean, atol=1e-6)
+    np.testing.assert_allclose(arrays["code_stddevs"], np.exp(log_stddev), rtol=1e-5)
+    keys = jax.random.split(jax.random.key(9), (200, 12))
+    elbo = jax.jit(lambda keys: vae_lib.elbo(keys, vae, params, x).elbo)
+    draws = np.stack([elbo(each) for each in keys])
+    error = 5.0 * draws.std(axis=0) * np.sqrt(1 / 16 + 1 / 200)
+    assert (np.abs(arrays["elbos"] - draws.mean(axis=0)) < error + 1e-3).all()
+    np.testing.assert_allclose(arrays["elbos"], arrays["log_likelihoods"] - arrays["kls"], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("size", "num_paths"), [(2, 1), (9, 8), (12, 8)])
 def test_paths_between_images(size, num_paths):
     vae = transparent_vae()
@@ -311,15 +331,29 @@ BAD_IMAGES = {
     "archive.npy": "cannot be read as",
     "garbled.npy": "cannot be read as",
     "endless.npy": "cannot be read as",
-    "small.png": "not [1, 4, 4, 3]",
-    "grey.png": "not [1, 8, 8, 1]",
+    "small.png": "4 x 4 pixels, scale it to 8 x 8",
+    "grey.png": "are 8-bit grey, save it in 8-bit RGB",
     "palette.png": "mode P",
     "transparent.png": "mode RGBA",
-    "deep.png": "mode I;16",
+    "deep.png": "16-bit, save it in 8-bit RGB",
+    "deep_colours.png": "16-bit, save it in 8-bit RGB",
+    "animated.png": "an animation of 3 frames",
     "float.npy": "uint8",
     "one.npy": "not [8, 8, 3]",
     "none.npy": "not [0, 8, 8, 3]",
 }
+
+
+def deep_png(pixels):
+    """A PNG file of RGB with 16 bits each, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = b"".join(size.to_bytes(4, "big") for size in pixels.shape[1::-1]) + bytes([16, 2, 0, 0, 0])
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +379,9 @@ def bad_images(tmp_path_factory, photos):
     image.convert("P").save(folder / "palette.png")
     image.convert("RGBA").save(folder / "transparent.png")
     PIL.Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "deep.png")
+    (folder / "deep_colours.png").write_bytes(deep_png(photos[0].astype(np.uint16) * 257))
+    frames = [PIL.Image.fromarray(photo) for photo in photos[:3]]
+    frames[0].save(folder / "animated.png", save_all=True, append_images=frames[1:])
     np.save(folder / "float.npy", photos / 255.0)
     np.save(folder / "one.npy", photos[0])
     np.save(folder / "none.npy", photos[:0])
@@ -408,6 +445,7 @@ def test_bad_points_are_refused(toy, tmp_path, nothing_computed, points, message
         ({"seeds": [0]}, "--seed=0 is not in the run, which has 3, 4"),
         ({"variants": ["ls"], "sigmas": [0.1]}, "--sigma chooses among F-VAEs"),
         ({"num_samples": 0}, "at least 1"),
+        ({"num_samples": 10**12}, "--num_samples=1000000000000: needs at least 21.8 TiB of memory"),
         ({"key_seed": -1}, "from 0"),
         ({"key_seed": 2**31}, "from 0"),
     ],
