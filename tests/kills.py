@@ -5,8 +5,7 @@
 
 Tiny runs on the toy, the digits and fake images are killed by SIGKILL, SIGTERM or SIGINT, some of them more than once,
 then resumed to their end. metrics.jsonl, the numbers of summary.json and the final weights must be equal to the bit.
-One line for each that differs; the last line counts: "100 of 100". The process fails if one differs. A hundred kills
-take about two hours on two CPU cores.
+One line for each that differs; the last line counts: "100 of 100". The process fails if one differs.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import options
+from experiments import command, options
 from experiments.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +72,8 @@ def flags_of(module):
                     names.add(node.args[0].value)
                     if called == "DEFINE_bool":
                         names.add(f"no{node.args[0].value}")
+                if called == "DEFINE_alias":  # in a loop over these
+                    names |= set(command.ALIASES)
     return names
 
 

@@ -620,7 +620,7 @@ BAD = {
     "--num_steps=0": "at least 1",
     "--batch_size=-3": "at least 1",
     "--seed=-1": "from 0",
-    "--num_seeds=100000000000": "--num_seeds=100000000000: must be below 2^31",
+    "--num_seeds=100000000000": "--num_seeds=100000000000: must be at least 1, and at most 100000",
     "--sigma=1e400": "--sigma=1e400: larger than any",
     "--dataset=mnist --manual_dir=/nowhere/at/all": "--manual_dir=/nowhere/at/all: there is no such folder",
     "--seed=2147483647": "from 0",

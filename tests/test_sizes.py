@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from experiments import command, sigma_sweep, sizes, sweep
-from lvae_jax import runs
+from lvae_jax import datasets, runs
 from lvae_jax import vae as vae_lib
 
 SMALL = sigma_sweep.configure(variants=("ls",))._replace(widths=(8,), num_blocks=1, num_seeds=2, num_steps=10)
+FORM = datasets.Form((2,))
 
 
 def test_layers_are_counted_wherever_they_are():
@@ -22,10 +23,10 @@ def test_layers_are_counted_wherever_they_are():
 
 
 def test_estimate_counts_what_is_made():
-    params = vae_lib.init(jax.random.key(0), sweep.trained_vae(SMALL, "ls", (2,)))
+    params = vae_lib.init(jax.random.key(0), sweep.trained_vae(SMALL, "ls", FORM))
     records = 8 * 2 * 11
     # Of each example: 3 layers of 8 units in each network, the posterior's 4 numbers and the mean's 2.
-    assert sweep.memory(SMALL, (2,)) == 2 * (4 * sizes.nbytes(params) + 4 * 100 * (2 * 3 * 8 + 4 + 2)) + records
+    assert sweep.memory(SMALL, FORM) == 2 * (4 * sizes.nbytes(params) + 4 * 100 * (2 * 3 * 8 + 4 + 2)) + records
 
 
 @pytest.mark.parametrize(
