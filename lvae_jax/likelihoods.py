@@ -296,7 +296,8 @@ def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> L
 
     def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
         # The clip also catches log 0, where reconstructions are exact.
-        return {"log_stddev": clip(0.5 * jnp.log(mse))}
+        # The type of the state must not change with that of the data: a scan would refuse it.
+        return {"log_stddev": jnp.asarray(clip(0.5 * jnp.log(mse)), jnp.float32)}
 
     return _elementwise(
         GAUSSIAN, 1, floor, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"])

@@ -90,7 +90,7 @@ def sliced_wasserstein(
         raise ValueError(f"num_directions must be at least 1, got {num_directions}")
     a, b = _points(a, at_least=1), _points(b, at_least=1)
     directions = np.asarray(jax.random.normal(key, (num_directions, a.shape[1])), np.float64)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     size_a, size_b = len(a), len(b)
     # Where either quantile function steps, in units of 1 / (N M).
     steps = np.union1d(size_b * np.arange(size_a + 1), size_a * np.arange(size_b + 1))

@@ -913,3 +913,12 @@ def test_beta_is_a_fixed_sigma_in_disguise(sigma, beta):
 
     for ours, equivalent in zip(gradient(sigma, beta), gradient(sigma * np.sqrt(beta), 1.0), strict=True):
         np.testing.assert_allclose(ours, beta * equivalent, rtol=1e-4, atol=1e-5 * float(jnp.abs(ours).max()))
+
+
+@pytest.mark.parametrize("name", likelihoods.HEADS)
+def test_update_keeps_the_type_of_the_parameters(name):
+    head = likelihoods.HEADS[name](0.5)
+    with jax.enable_x64(True):
+        before = head.init()
+        after = head.update(before, jnp.zeros((), jnp.int32), jnp.asarray(0.1, jnp.float64))
+    assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, before)

@@ -333,3 +333,10 @@ def test_sample_noise_is_sigma(sigma):
     samples = likelihoods.fixed(sigma).sample(jax.random.key(0), likelihoods.fixed(sigma).init(), means[..., None])
     np.testing.assert_allclose(measures.sample_noise(samples, means), sigma, rtol=4.0 / np.sqrt(2.0 * means.size))
     np.testing.assert_allclose(measures.sample_noise(means, means), 0.0)
+
+
+def test_sliced_wasserstein_runs_in_float64():
+    points = np.random.default_rng(0).normal(size=(10, 2))
+    with jax.enable_x64(True):
+        found = measures.sliced_wasserstein(jax.random.key(0), points, points + 1.0)
+    assert found == pytest.approx(1.0, abs=0.2)  # |shift|^2 / D, by directions

@@ -254,3 +254,14 @@ def test_limit_falls_with_sigma():
 def test_limit_refuses_what_is_not_a_sigma(sigma):
     with pytest.raises(ValueError, match="positive"):
         toy.best_elbo(sigma)
+
+
+def test_band_widths_are_quantiles_and_make_no_nan():
+    x = toy.sample(jax.random.split(jax.random.key(0), 200))
+    u = np.asarray(toy.nearest(x))
+    distance, region = np.linalg.norm(x - toy.curve(jnp.asarray(u)), axis=-1), np.digitize(u, (-1 / 3, 1 / 3))
+    with jax.debug_nans(True):
+        np.testing.assert_allclose(
+            toy.band_widths(x), [np.quantile(distance[region == index], 0.6827) for index in range(3)], rtol=1e-4
+        )
+        assert (toy.band_widths(x[region == 1])[np.array([0, 2])] == 0.0).all()
