@@ -153,7 +153,7 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
       R = min(N, D) values; all others are 0.
 
     Raises:
-      ValueError: there is no example.
+      ValueError: there is no example, or one has a value that is not finite.
     """
     size, _, rows, scatter = _second_moments(chunks)
     return _principal_stddevs(size, rows, scatter)
@@ -170,7 +170,7 @@ def _second_moments(
 ) -> tuple[int, Float[np.ndarray, " D"], Float[np.ndarray, "N D"], Float[np.ndarray, "D D"] | None]:
     """The number of examples, their mean, and either the centred examples, which serve where they are fewer than their
     dimensions, or the sums of their products."""
-    size, mean, scatter = 0, np.zeros(()), np.zeros(())
+    size, seen, mean, scatter = 0, 0, np.zeros(()), np.zeros(())
     waiting: list[np.ndarray] = []
 
     def merge(rows: np.ndarray) -> None:
@@ -184,6 +184,10 @@ def _second_moments(
 
     for chunk in chunks:
         rows = np.asarray(chunk, np.float64).reshape(len(chunk), -1)
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise ValueError(f"`chunks`: example {seen + bad[0]} has a value that is not finite")
+        seen += len(rows)
         waiting.append(rows)
         if size or sum(map(len, waiting)) > rows.shape[1]:  # more examples than dimensions: their covariance is smaller
             merge(np.concatenate(waiting))

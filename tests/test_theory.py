@@ -272,3 +272,11 @@ def test_linear_limit_is_the_likelihood_of_probabilistic_pca(sigma, latent_size)
 def test_there_is_no_sphere_below_two_dimensions(function):
     with pytest.raises(ValueError, match="dim must be at least 2, got 1"):
         function(1)
+
+
+def test_a_value_that_is_not_finite_is_named_by_its_example():
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    x[7, 2] = np.nan
+    for chunks in ([x], [x[:5], x[5:]], [x[:7], x[7:8]]):
+        with pytest.raises(ValueError, match="example 7 has"):
+            theory.principal_stddevs(chunks)
