@@ -55,6 +55,19 @@ class Decoder(NamedTuple):
 Coder = TypeVar("Coder", Encoder, Decoder)
 
 
+def check_data(x: Array, shape: Sequence[int]) -> None:
+    """Compares the shape and the type of data with those of a model of `shape`, when a program is traced.
+
+    Raises:
+      ValueError: x is not [B, *shape], or not of floating point.
+    """
+    if x.ndim == 0 or x.shape[1:] != tuple(shape):
+        expected = ", ".join(("B", *map(str, shape)))
+        raise ValueError(f"`x` has the shape {list(x.shape)}, but the model is of data [{expected}]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"`x` is of type {x.dtype}, but the model is of floating-point data: scale grey levels first")
+
+
 def mlp_encoder(
     shape: Sequence[int],
     latent_size: int,
@@ -236,6 +249,7 @@ def _encoder(module: nn.Module, shape: Sequence[int]) -> Encoder:
         return module.init(key, jnp.zeros((1, *shape)))
 
     def apply(params: Any, x: Float[Array, "B *S"]) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+        check_data(x, shape)
         mean, log_stddev = jnp.split(module.apply(params, x), 2, axis=-1)
         return mean, gaussians.soft_clip(log_stddev, *LOG_STDDEV_RANGE)
 

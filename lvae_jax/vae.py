@@ -146,9 +146,20 @@ def encode(
 def decode(
     vae: VAE, params: Params, z: Float[Array, "B L"], *, condition: Float[Array, "B C"] | None = None
 ) -> Float[Array, "B *S K"]:
-    """The outputs [B, *S, K] of which the likelihood head makes p(x|z)."""
+    """The outputs [B, *S, K] of which the likelihood head makes p(x|z).
+
+    Raises:
+      ValueError: the decoder has another number of channels than the head needs.
+    """
     inputs = (z,) if condition is None else (z, condition)
-    return vae.decoder.apply(params["decoder"], *inputs)
+    outputs = vae.decoder.apply(params["decoder"], *inputs)
+    # JAX clamps an index that is out of range: a head would read another channel without a word.
+    if outputs.shape[-1] != vae.likelihood.outputs:
+        raise ValueError(
+            f"the decoder has {outputs.shape[-1]} outputs for each data dimension, but the likelihood head needs "
+            f"{vae.likelihood.outputs}: give the decoder outputs=head.outputs"
+        )
+    return outputs
 
 
 def elbo(
@@ -166,6 +177,7 @@ def elbo(
     # A key for each example: its noise then does not depend on the batch, or on the device, that it is in.
     z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
     outputs = decode(vae, params, z, condition=condition)
+    networks.check_data(x, outputs.shape[1:-1])
     head, head_params = vae.likelihood, params["likelihood"]
     means, stddevs = head.mean(head_params, outputs), head.stddev(head_params, outputs)
     standardise = head.standardise
@@ -182,6 +194,7 @@ def elbo(
 
 def scores(terms: Terms, x: Float[Array, "B *S"]) -> Scores:
     """The scores of each example x, [B], given the terms of its bound."""
+    networks.check_data(x, terms.mean.shape[1:])
     axes = tuple(range(1, x.ndim))
     return Scores(
         elbo=terms.elbo,
@@ -222,6 +235,7 @@ def importance_bound(
         log_prior = vae.prior.log_prob(_of_prior(params), z)
         log_posterior = jnp.sum(gaussians.log_prob(z, mean, log_stddev), axis=-1)
         outputs = decode(vae, params, z)
+        networks.check_data(x, outputs.shape[1:-1])
         return vae.likelihood.log_prob(params["likelihood"], outputs, x) + log_prior - log_posterior
 
     # One draw after another: memory for one set of outputs, however many draws.
@@ -249,6 +263,7 @@ def evidence(
     def add_row(total: Float[Array, " B"], node: Float[Array, ""]) -> tuple[Float[Array, " B"], None]:
         row = nodes[:, None] if vae.latent_size == 1 else jnp.stack([jnp.full_like(nodes, node), nodes], axis=-1)
         outputs = decode(vae, params, row)
+        networks.check_data(x, outputs.shape[1:-1])
         # The end nodes weigh as much as the others: beyond `reach` the prior has no mass, so they do not matter.
         log_weight = vae.prior.log_prob(_of_prior(params), row) + vae.latent_size * jnp.log(spacing)
 
@@ -288,7 +303,13 @@ def generate(
     condition: Float[Array, "B C"] | None = None,
 ) -> tuple[Float[Array, "B *S"], Float[Array, "B *S"], Float[Array, "B *S"]]:
     """`num_samples` draws x ~ p(x|z), z ~ p(z), with the means and stddevs of p(x|z) that they were drawn from:
-    (samples, means, stddevs)."""
+    (samples, means, stddevs).
+
+    Raises:
+      ValueError: `num_samples` is not positive.
+    """
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}")
     prior_key, likelihood_key = jax.random.split(key)
     z = sample_prior(prior_key, vae, params, num_samples=num_samples)
     outputs = decode(vae, params, z, condition=condition)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from lvae_jax import likelihoods, vae
+from lvae_jax import likelihoods, networks, vae
 from lvae_jax.networks import Decoder, Encoder
 
 # x = W z + OFFSET + SIGMA noise. The columns of W are orthogonal, so that the posterior of z is diagonal:
@@ -329,3 +329,45 @@ def test_scores_and_summary_are_numpys():
     jax.tree.map(
         assert_close, vae.summary(stacked), vae.Scores(*(np.array([t, t + 1.0]) for t in vae.Scores(**totals)))
     )
+
+
+# Doors
+
+
+def small(shape=(2,), outputs=1, head=None):
+    options = {"width": 4, "num_blocks": 0}
+    model = vae.VAE(
+        networks.mlp_encoder(shape, 2, **options),
+        networks.mlp_decoder(shape, outputs, 2, **options),
+        head or likelihoods.fixed(0.5),
+        2,
+    )
+    return model, vae.init(KEY, model)
+
+
+def test_data_of_another_shape_are_named_beside_the_models():
+    model, params = small((1,))
+    x, keys = jnp.zeros(3), jax.random.split(KEY, 3)
+    doors = [
+        lambda: vae.elbo(keys, model, params, x),
+        lambda: vae.importance_bound(keys, model, params, x, num_samples=1),
+        lambda: vae.evidence(model, params, x, num_nodes=5),
+        lambda: vae.reconstruct(model, params, x),
+        lambda: vae.scores(vae.elbo(keys, model, params, x[:, None]), x),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=r"shape \[3\], but .* \[B, 1\]"):
+            door()
+    with pytest.raises(ValueError, match="uint8"):
+        networks.check_data(jnp.zeros((3, 1), jnp.uint8), (1,))
+
+
+def test_decoder_with_too_few_channels_is_refused():
+    model, params = small(outputs=1, head=likelihoods.learned_vector())
+    with pytest.raises(ValueError, match=r"has 1 outputs .* needs 2"):
+        vae.generate(KEY, model, params, num_samples=1)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="`num_samples`"):
+        vae.generate(KEY, *small(), num_samples=0)
