@@ -341,7 +341,7 @@ def _image(file: Path) -> Iterator[Any]:
             if image.mode not in (*GREY, "RGB", "P", *TRANSPARENT):
                 raise DatasetError(f"{file} has the colours {image.mode}: save it in grey or RGB")
             number = getattr(image, "n_frames", 1)
-            if number > 1:
+            if number > 1 and image.format != "MPO":  # the JPEG of a camera, which may hold a preview
                 raise DatasetError(f"{file} holds {number} images: save each in a file of its own")
             yield image
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:

@@ -203,6 +203,13 @@ def test_rotations_of_exif_are_carried_out(orientation, tmp_path):
     np.testing.assert_array_equal(pixels(tmp_path, "x.png"), expected)
 
 
+def test_jpeg_of_a_camera_is_its_first_image(tmp_path):
+    """With a preview behind it, as phones write."""
+    picture(0).save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[picture(1)], quality=95)
+    picture(0).save(tmp_path / "y.jpg", quality=95)
+    np.testing.assert_array_equal(pixels(tmp_path, "x.jpg"), pixels(tmp_path, "y.jpg"))
+
+
 def test_progressive_jpeg(tmp_path):
     picture(0).save(tmp_path / "x.jpg", progressive=True, quality=95)
     np.testing.assert_array_equal(pixels(tmp_path, "x.jpg"), np.asarray(PIL.Image.open(tmp_path / "x.jpg")))
