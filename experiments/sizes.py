@@ -42,7 +42,7 @@ def layers(function: Callable[..., Any], *arguments: Any) -> int:
 
 def text(size: float) -> str:
     """Bytes in words: 3.2 GiB."""
-    return f"{size / 2**30:.3g} GiB" if size < 2**50 else f"{size / 2**40:.3g} TiB"
+    return f"{size / 2**30:.3g} GiB" if size < 2**40 else f"{size / 2**40:.3g} TiB"
 
 
 @contextlib.contextmanager
