@@ -176,7 +176,7 @@ MUTANTS = [
     Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
     Mutant("not_in_grey_levels", CLAIMS, "highest * math.sqrt(np.mean(", "math.sqrt(np.mean("),
     Mutant("seeds_not_paired", CLAIMS, "sorted(chosen, key=lambda member: member.seed)", "chosen"),
-    Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs)", "recall(theirs, real)", SCORE),
+    Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs,", "recall(theirs, real,", SCORE),
     Mutant("row_of_the_first_variant", SWEEP, "report.line(title, rows[-1])", "report.line(title, rows[0])", ROWS),
     # Flags that are not checked
     Mutant("any_sigma", MEMBERS, "1e-15 < value", "0.0 < value", f"{BAD_FLAG}[--sigma=1e-300]"),
