@@ -205,8 +205,8 @@ MUTANTS = [
     Mutant(
         "images_without_floor",
         VARIANTS,
-        "if domain.has_levels and levels is not None:",
-        "if not domain.has_levels and levels is not None:",
+        "    if levels is not None:\n",
+        "    if False:\n",
         IMAGE_RUN,
     ),
     Mutant("sigma_in_another_unit", SPHERE, "np.array(config.sigma) * critical", "np.array(config.sigma)", SPHERE_RUN),
