@@ -71,6 +71,7 @@ class Job:
         self.group = Group(name, np.asarray(seeds, np.int32), np.asarray(sigmas))
 
     def train(self, folder, **pace):
+        folder.mkdir(parents=True, exist_ok=True)
         pace = loop.Pace(**pace)
         with tqdm.tqdm(disable=True) as bar:
             arguments = (folder, self.group, self.programs, loop.place(self.dataset, pace))
