@@ -157,7 +157,7 @@ def test_unknown_parts_are_refused(tmp_path, options, message):
 
 def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "report.md").write_text("mine")
-    with pytest.raises(runs.RunError, match="is not a run directory and holds report.md"):
+    with pytest.raises(runs.RunError, match=r"is not a run directory and holds report\.md"):
         paper.run("smoke", run_dir=str(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
 
