@@ -73,7 +73,7 @@ def results(run_dir: Path) -> dict[str, object]:
     weights = {
         group: [
             np.asarray(leaf).tobytes()
-            for leaf in jax.tree.leaves(sweep.restore(run_dir, config, group, variant, tuple(summary.shape)))
+            for leaf in jax.tree.leaves(sweep.restore(run_dir, config, group, variant, summary.form))
         ]
         for group, variant in variants.items()
     }
