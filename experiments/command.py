@@ -125,7 +125,7 @@ def forget() -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk or a quota is behind the error; Orbax tells of it in the text of errors of its own."""
+    """Tells whether a full disk or a quota caused the error. Orbax says so only in the text of errors of its own."""
     if error is None:
         return False
     texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
@@ -159,7 +159,7 @@ def path(name: str, text: str) -> Path:
 
 
 def paths(**given: str | None) -> dict[str, Any]:
-    """What `path` makes of each flag, as text; None for None. Equal paths have equal texts: ./a/ is a.
+    """The paths that flags name, as text; None for None. Equal paths have equal texts: ./a/ is a.
 
     Raises:
       UsageError: see `path`; or there is no folder of original archives, which nothing would make.

@@ -42,7 +42,7 @@ def connect(
 
 
 def any_process(asked: bool) -> bool:
-    """Whether any process asks for something, in all of them. All have to call it."""
+    """Tells every process whether any of them asks for something. All have to call it."""
     return bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
 
 

@@ -60,7 +60,7 @@ def place(dataset: Dataset, pace: Pace = PACE) -> Any:
 
 
 class Start(NamedTuple):
-    """What training begins with. record: of sigma, see `fit`; unwritten: the metrics, leaves [K, M], of the last K
+    """The start of training. record: of sigma, see `fit`; unwritten: the metrics, leaves [K, M], of the last K
     steps, of which metrics.jsonl has no line yet, or nothing."""
 
     states: TrainState

@@ -62,7 +62,7 @@ def _from_json(kind: Any, value: Any) -> Any:
 
 
 def fits(kind: Any, value: Any) -> bool:
-    """Whether a JSON value can be one of the type `kind`: tuples are lists there, a `Result` an object."""
+    """Tells whether a JSON value can be one of the type `kind`: tuples are lists there, a `Result` an object."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, tuple):
         return isinstance(value, list) and all(fits(parts[0], each) for each in value)
@@ -410,7 +410,7 @@ class Generated(Result):
     files: list[str]
 
     def same(self, other: Self) -> bool:
-        """Whether both are of the same choice from the same run, wherever the run lies."""
+        """Tells whether both are the same choice from the same run, wherever the run lies."""
         if self.summary is None or other.summary is None:
             return dataclasses.replace(self, summary=None) == dataclasses.replace(other, summary=None)
         return dataclasses.replace(self, run=other.run) == other

@@ -1,4 +1,4 @@
-"""What a data set holds, found before anything is trained on it."""
+"""The facts about a data set, found before anything is trained on it."""
 
 import hashlib
 import math

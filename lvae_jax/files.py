@@ -41,7 +41,7 @@ Item = TypeVar("Item")
 
 
 def is_path(name: str) -> bool:
-    """Whether the name of a data set is a path: it starts with /, ./, ../ or ~, or ends with .npy or .npz."""
+    """Tells whether the name of a data set is a path: it starts with /, ./, ../ or ~, or ends with .npy or .npz."""
     return name.startswith(("/", "./", "../", "~")) or name in (".", "..") or name.endswith(ARRAYS)
 
 
@@ -165,7 +165,7 @@ def _check_fixed(source: Path, image_size: int | None) -> None:
 
 
 def _read(source: Path, read: Callable[[Any], Item]) -> list[Item]:
-    """What `read` makes of the stream of the array x in a file, or of those of its arrays train and test."""
+    """The results of `read` on the stream of the array x in a file, or on those of its arrays train and test."""
     try:
         if source.suffix == ".npy":
             with open(source, "rb") as stream:
