@@ -209,6 +209,6 @@ def layout(dataset: Dataset) -> devices.Layout:
     the plane split their members over those of one process, and all processes do the same."""
     if jax.device_count() == 1:  # where calling what pmap made takes longer than what jit made
         return devices.one_device()
-    if dataset.levels is not None:
+    if dataset.is_image:
         return devices.split_batch(jax.devices())
     return devices.split_members(jax.local_devices())

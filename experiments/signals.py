@@ -98,7 +98,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 
 def _is_late(number: int) -> bool:
-    """Whether another signal came more than a moment before; notes this one."""
+    """Tells whether another signal came more than a moment before, and notes this one."""
     _received.append((number, time.monotonic()))
     return _received[-1][1] - _received[0][1] > REPEAT
 

@@ -67,6 +67,11 @@ class Dataset(NamedTuple):
     scale: float = 1.0
 
     @property
+    def is_image(self) -> bool:
+        """Tells images [H, W, C] from points."""
+        return len(self.shape) == 3
+
+    @property
     def form(self) -> Form:
         """All that a model has to know of the data."""
         return Form(self.shape, self.levels, self.centre, self.scale)
