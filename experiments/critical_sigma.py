@@ -25,6 +25,7 @@ from experiments.results import POINTS, CriticalSigma, Directions, Row, Summary
 from experiments.variants import VARIANTS
 from lvae_jax import celeba, datasets, figures, runs, theory
 from lvae_jax.evaluation import Kind
+from lvae_jax.keys import of_seed
 
 CHUNK = 1000
 STREAM_SIZE = 100_000
@@ -159,7 +160,7 @@ def chunks(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
     for start in tqdm.trange(0, size, CHUNK, desc="covariance", unit="k"):
         index = np.arange(start, min(start + CHUNK, size), dtype=np.int32)
         examples = None if dataset.train is None else jnp.asarray(dataset.train[index])
-        yield np.asarray(dataset.batch(examples, jax.random.key(0), jnp.asarray(index)))
+        yield np.asarray(dataset.batch(examples, of_seed(0), jnp.asarray(index)))
 
 
 def table(summary: CriticalSigma) -> str:

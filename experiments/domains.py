@@ -12,6 +12,7 @@ from experiments.programs import Pictures
 from experiments.results import Limits, ToyMeasures
 from lvae_jax import datasets, figures, measures, toy
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import of_seed
 
 Measures = dict[str, list[Any]]
 """Values by name, one for each of M members."""
@@ -74,7 +75,7 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
         curve_distance=float(jnp.sqrt(jnp.mean(jnp.sum(gap**2, axis=-1)))),
         noise_kept=float(toy.noise_kept(points, jnp.asarray(x))),
         band_widths=np.asarray(toy.band_widths(jnp.asarray(samples)), np.float64).tolist(),
-        sliced_wasserstein=measures.sliced_wasserstein(jax.random.key(0), samples, test),
+        sliced_wasserstein=measures.sliced_wasserstein(of_seed(0), samples, test),
     )
 
 
@@ -86,7 +87,7 @@ def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Da
 
 def point_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
     """The sliced Wasserstein distance of samples from the test points."""
-    distance = functools.partial(measures.sliced_wasserstein, jax.random.key(0))
+    distance = functools.partial(measures.sliced_wasserstein, of_seed(0))
     return {"sliced_wasserstein": [distance(samples, dataset.test) for samples in pictures.samples]}
 
 
@@ -94,7 +95,7 @@ def toy_limits(dataset: datasets.Dataset) -> Limits:
     """The entropy, and the measures of as many true points in the place of reconstructions and of samples: those of a
     model that copies, and of a perfect one."""
     # Other points than those of the test split, which has the key itself.
-    key = jax.random.fold_in(jax.random.key(datasets.TEST_SEED), 1)
+    key = jax.random.fold_in(of_seed(datasets.TEST_SEED), 1)
     true = np.asarray(dataset.batch(None, key, jnp.arange(TOY.num_pictures)))
     return Limits(entropy=toy.entropy(), true_measures=toy_measures(true, true, true, dataset.test))
 

@@ -36,6 +36,7 @@ from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import example_keys, of_seed
 
 NUM_PATHS = 8
 NUM_POINTS = 8  # on each path, the ends included
@@ -94,8 +95,8 @@ def run(
         )
     claim(folder, record)
 
-    key, x = jax.random.key(key_seed), None if given is None else datasets.to_float(given, levels=levels)
-    keys = datasets.example_keys(key, jnp.arange(0 if given is None else len(given)))
+    key, x = of_seed(key_seed), None if given is None else datasets.to_float(given, levels=levels)
+    keys = example_keys(key, jnp.arange(0 if given is None else len(given)))
     # The ELBO is that of the data as the model was trained on them.
     seen = datasets.dequantize(keys, given, levels=levels or 256) if given is not None and config.dequantize else x
     shown = sweep.domain(config).num_in_gallery

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from lvae_jax import devices, diagnostics, evaluation, runs, training
 from lvae_jax import vae as vae_lib
-from lvae_jax.datasets import Dataset, Stream, example_keys, stream_key, to_float
+from lvae_jax.datasets import Dataset, to_float
+from lvae_jax.keys import Stream, example_keys, stream_key
 from lvae_jax.likelihoods import Schedule
 from lvae_jax.training import TrainState
 from lvae_jax.vae import VAE, Scores

@@ -26,6 +26,7 @@ from experiments import command, report, results, sweep, tables
 from experiments.results import Member, Quality, Realism, Summary
 from lvae_jax import datasets, evaluation, measures, runs
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import Stream, of_seed, stream_key
 
 Features = Callable[[Float[np.ndarray, "N H W C"]], Float[np.ndarray, "N D"]]
 """Features of images in [0, 1]; a pretrained network can take the place of `train_classifier`'s."""
@@ -168,7 +169,7 @@ def run(
 
     to_float = functools.partial(datasets.to_float, levels=dataset.levels)
     classifier = train_classifier(
-        jax.random.key(0), dataset.train, train_labels, levels=dataset.levels, num_steps=classifier_steps
+        of_seed(0), dataset.train, train_labels, levels=dataset.levels, num_steps=classifier_steps
     )
     test = np.asarray(to_float(dataset.test))
     against_test = functools.partial(score, classifier.features, classifier.features(test))
@@ -210,7 +211,7 @@ def generators(path: Path, config: sweep.Config, summary: Summary) -> dict[str, 
     def generator(draw: Callable[..., tuple[Array, ...]], member: Member) -> Callable[[int], Generated]:
         weights = sweep.restore(path, config, member.group, member.variant, form)
         params = jax.tree.map(lambda leaf: leaf[0], weights)  # a group of images has one member
-        key = datasets.stream_key(member.seed, datasets.Stream.QUALITY)
+        key = stream_key(member.seed, Stream.QUALITY)
 
         def generate_many(num_samples: int) -> Generated:
             # In chunks of one size: one compiled program, and the same images for any number of them.

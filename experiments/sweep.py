@@ -22,6 +22,7 @@ from experiments.results import Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, files, runs, training
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import of_seed
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
@@ -368,7 +369,7 @@ def memory(config: Config, form: datasets.Form) -> int:
         num_members = together * (len(config.sigma) if VARIANTS[variant].swept and together > 1 else 1)
         # Neither steps nor sigmas change the shapes of a model.
         vae = trained_vae(config._replace(num_steps=1, warmup_steps=0), variant, form)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.eval_shape(lambda: of_seed(0))
         params = jax.eval_shape(functools.partial(vae_lib.init, vae=vae), key)
         keys = jax.ShapeDtypeStruct((config.batch_size,), key.dtype)
         x = jax.ShapeDtypeStruct((config.batch_size, *shape), np.float32)

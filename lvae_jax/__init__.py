@@ -13,7 +13,8 @@ that have to be imported by name do: `devices.Layout.map` is `jax.jit` or `jax.p
 """
 
 from lvae_jax import theory
-from lvae_jax.datasets import dequantize, example_keys
+from lvae_jax.datasets import dequantize
+from lvae_jax.keys import example_keys
 from lvae_jax.likelihoods import (
     HEADS,
     Likelihood,

@@ -5,7 +5,6 @@ host, `batch` makes them on the device. Examples are [B, *S] floats: points in t
 1], dequantised or on the grid k / (levels - 1). Images with grey levels k are kept as these, uint8.
 """
 
-import enum
 import functools
 import math
 import os
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from lvae_jax import celeba, files, images, toy
 from lvae_jax.cache import DatasetError
+from lvae_jax.keys import as_threefry, example_keys, of_seed
 
 TEST_SIZE = 10_000  # of the streams
 TEST_SEED = 2**31 - 1  # apart from the seeds of training
@@ -253,7 +253,7 @@ def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"
         unit=unit,
         levels=None,
         train=None,
-        test=np.asarray(sample(example_keys(jax.random.key(TEST_SEED), jnp.arange(TEST_SIZE)))),
+        test=np.asarray(sample(example_keys(of_seed(TEST_SEED), jnp.arange(TEST_SIZE)))),
         indices=lambda seed, step, batch_size: np.arange(batch_size, dtype=np.int32),
         batch=lambda examples, key, indices: sample(example_keys(key, indices)),
         test_batch=lambda examples, key, indices: examples,
@@ -347,28 +347,6 @@ def _with_levels(train: np.ndarray, test: np.ndarray, asked: int | None) -> tupl
     return train // width, test // width, asked
 
 
-class Stream(enum.IntEnum):
-    """The uses of random numbers in a run. Each has its own keys, so that none repeats the draws of another."""
-
-    INIT = 0
-    STEP = 1
-    EXAMINE = 2
-    PICTURES = 3
-    TEST_DATA = 4
-    IMPORTANCE = 5
-    QUALITY = 6
-
-
-def stream_key(seed: int | Int[Array, ""], stream: Stream) -> Key[Array, ""]:
-    """The key of a run with this seed for one use."""
-    return jax.random.fold_in(jax.random.key(seed), stream)
-
-
-def example_keys(key: Key[Array, ""], index: Int[Array, " B"]) -> Key[Array, " B"]:
-    """One key for each example, a function of `key` and of the example's global index alone."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
-
-
 def to_float(x: Array | np.ndarray, *, levels: int | None = 256) -> Float[Array, "B *S"]:
     """Examples in storage form as the model sees them: grey levels k, uint8, to the grid k / (levels - 1) on [0, 1];
     floats unchanged."""
@@ -391,5 +369,5 @@ def dequantize(
     u has 16 bits: k + u is then exact in float32; with more bits it could round up to the next level.
     """
     # Bits instead of a uniform float, which would have 23 of them.
-    u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(keys)
+    u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(as_threefry(keys))
     return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / float(levels)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import datasets, diagnostics, gaussians, likelihoods
+from lvae_jax import diagnostics, gaussians, likelihoods
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import example_keys
 from lvae_jax.vae import VAE, Params, Scores
 
 Tree = TypeVar("Tree")
@@ -25,7 +26,7 @@ def examine(
 ) -> tuple[Scores, diagnostics.Details]:
     """The scores [B] of the examples x [B, *S] as the model sees them, and their details, which `diagnostics.summarise`
     averages; their global indices `index` [B] decide the draws of z."""
-    terms = vae_lib.elbo(datasets.example_keys(key, index), vae, params, x)
+    terms = vae_lib.elbo(example_keys(key, index), vae, params, x)
     return vae_lib.scores(terms, x), diagnostics.details(terms, floor=vae.likelihood.floor)
 
 
@@ -79,7 +80,7 @@ def importance_score(
     Raises:
       ValueError: num_samples is not positive.
     """
-    keys = datasets.example_keys(key, index)
+    keys = example_keys(key, index)
     return vae_lib.importance_bound(keys, vae, params, x, num_samples=num_samples)
 
 

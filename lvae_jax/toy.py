@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from lvae_jax.keys import as_threefry
+
 SHAPE = (2,)
 NOISE = (0.05, 0.02, 0.1)
 
@@ -42,7 +44,7 @@ def sample(keys: Key[Array, " B"]) -> Float[Array, "B 2"]:
         u_key, noise_key = jax.random.split(key)
         return jax.random.uniform(u_key, minval=-1.0, maxval=1.0), jax.random.normal(noise_key, SHAPE)
 
-    u, standard = jax.vmap(one)(keys)
+    u, standard = jax.vmap(one)(as_threefry(keys))
     return curve(u) + noise(u)[:, None] * standard
 
 

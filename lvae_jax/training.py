@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from lvae_jax import datasets
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import Stream, example_keys, stream_key
 from lvae_jax.likelihoods import Schedule
 from lvae_jax.vae import VAE, Params, Scores
 
@@ -113,7 +113,7 @@ def train_step(
       axis_name: of the mapped axis whose devices share the batch, in equal parts; gradients and metrics are those of
         the whole batch.
     """
-    keys = datasets.example_keys(key, index)
+    keys = example_keys(key, index)
     del key
     weight = beta(state.step) if callable(beta) else beta
 
@@ -182,7 +182,7 @@ def members_init(
     from seeds[m]."""
 
     def one(seed: Int[Array, ""], sigma: Float[Array, "*T"]) -> TrainState:
-        key = datasets.stream_key(seed, datasets.Stream.INIT)
+        key = stream_key(seed, Stream.INIT)
         return init_state(key, make_vae(sigma), optimizer, ema_decay=ema_decay)
 
     return jax.vmap(one)(seeds, sigmas)
@@ -219,7 +219,7 @@ def members_steps(
         indices: Int[Array, " B"],
         examples: Array | None,
     ) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(datasets.stream_key(seed, datasets.Stream.STEP), state.step)
+        step_key = jax.random.fold_in(stream_key(seed, Stream.STEP), state.step)
         # Data and noise from separate keys: streams draw their points from the first.
         data_key, noise_key = jax.random.split(step_key)
         x = batch(examples if train is None else train[indices], data_key, indices)

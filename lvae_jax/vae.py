@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lvae_jax import gaussians, likelihoods, networks, priors
+from lvae_jax.keys import as_threefry
 from lvae_jax.likelihoods import Likelihood
 from lvae_jax.networks import Decoder, Encoder
 from lvae_jax.priors import Prior
@@ -175,7 +176,7 @@ def elbo(
     log p(x|condition)."""
     mean, log_stddev = encode(vae, params, x, condition=condition)
     # A key for each example: its noise then does not depend on the batch, or on the device, that it is in.
-    z = jax.vmap(gaussians.sample)(keys, mean, log_stddev)
+    z = jax.vmap(gaussians.sample)(as_threefry(keys), mean, log_stddev)
     outputs = decode(vae, params, z, condition=condition)
     networks.check_data(x, outputs.shape[1:-1])
     head, head_params = vae.likelihood, params["likelihood"]
@@ -228,6 +229,7 @@ def importance_bound(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    keys = as_threefry(keys)
     mean, log_stddev = encode(vae, params, x)
 
     def log_weight(k: Int[Array, ""]) -> Float[Array, " B"]:

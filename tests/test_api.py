@@ -16,6 +16,7 @@ PACKAGE = Path(lvae_jax.__file__).parent
 
 # Each file may import only from those before it.
 LEVELS = [
+    "keys",
     "gaussians",
     "logistics",
     "bessel",

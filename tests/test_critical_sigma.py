@@ -14,6 +14,7 @@ from experiments import command, critical_sigma, sigma_sweep
 from experiments.results import Row
 from lvae_jax import datasets, diagnostics, likelihoods, runs, theory, toy, training
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import example_keys
 from lvae_jax.networks import Decoder, Encoder
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
@@ -93,7 +94,7 @@ def test_linear_vaes_reach_the_limit(linear_vaes, index):
     best = theory.linear_best_elbo(sigma, stddevs, num_dimensions=4, latent_size=LATENT_SIZE)
     # Both in closed form, so that no draw blurs them: what is missing is what training left, and nothing exceeds.
     assert best - 2e-3 < log_likelihood - kl < best + 1e-6
-    keys = datasets.example_keys(jax.random.key(2), jnp.arange(SIZE))
+    keys = example_keys(jax.random.key(2), jnp.arange(SIZE))
     terms = vae_lib.elbo(keys, linear_vae(sigma), params, jnp.array(x))
     found = diagnostics.summarise(diagnostics.details(terms, floor=0.0))
     assert found.active_directions == np.sum(sigma < STDDEVS)

@@ -9,6 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from lvae_jax import datasets, toy
+from lvae_jax.keys import example_keys
 
 KEY = jax.random.key(0)
 INDEX = jnp.arange(64)
@@ -104,18 +105,6 @@ def test_sphere_streams_fresh_points_and_holds_out_others():
     assert stream.train is None
 
 
-def test_example_keys_depend_on_the_key_and_the_global_index_alone():
-    def data(key, index):
-        return np.array(jax.random.key_data(datasets.example_keys(key, index)))
-
-    index = jnp.arange(1_000)
-    everything = data(KEY, index)
-    assert len(np.unique(everything, axis=0)) == len(index)
-    picked = jnp.array([3, 999, 3, 0])
-    np.testing.assert_array_equal(data(KEY, picked), everything[picked])
-    assert not np.any(np.all(data(jax.random.key(1), index) == everything, axis=-1))
-
-
 PICTURES = np.random.default_rng(0).integers(0, 256, (64, 5, 4, 3), dtype=np.uint8)
 
 
@@ -149,7 +138,7 @@ def test_randomness_of_an_example_depends_on_step_and_index(options):
 
 def test_dequantised_pixels_fill_their_cells():
     k = np.tile(np.arange(256, dtype=np.uint8)[None], (20_000, 1))
-    x = np.float64(datasets.dequantize(datasets.example_keys(KEY, jnp.arange(20_000)), k))
+    x = np.float64(datasets.dequantize(example_keys(KEY, jnp.arange(20_000)), k))
     assert x.min() >= 0.0
     assert x.max() < 1.0
     np.testing.assert_array_equal(np.floor(256 * x), k, "no rounding up to the next value")
@@ -167,7 +156,7 @@ def test_dequantised_density_bounds_the_image_probability(stddev):
     n, k, mean = 3, 200, 200.5 / 256
     density = stats.norm(mean, stddev)
     log_probability = n * np.log(density.cdf((k + 1) / 256) - density.cdf(k / 256))
-    x = datasets.dequantize(datasets.example_keys(KEY, jnp.arange(20_000)), np.full((20_000, n), k, np.uint8))
+    x = datasets.dequantize(example_keys(KEY, jnp.arange(20_000)), np.full((20_000, n), k, np.uint8))
     log_p = density.logpdf(np.float64(x)).sum(axis=1)
     bound = log_p.mean() - n * np.log(256)
     error = log_p.std() / np.sqrt(len(log_p))

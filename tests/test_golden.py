@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from lvae_jax import datasets, likelihoods, networks, toy, training
+from lvae_jax.keys import example_keys
 from lvae_jax.vae import VAE
 
 BATCH, STEPS = 32, 5
@@ -37,7 +38,7 @@ def trained(make, shape):
         encoder = networks.mlp_encoder(shape, 2, **options)
         return VAE(encoder, networks.mlp_decoder(shape, head.outputs, 2, **options), head, 2)
 
-    images, batch = None, lambda examples, key, indices: toy.sample(datasets.example_keys(key, indices))
+    images, batch = None, lambda examples, key, indices: toy.sample(example_keys(key, indices))
     if shape != toy.SHAPE:
         images = np.random.default_rng(0).integers(0, 256, (BATCH, *shape), dtype=np.uint8)
         batch = datasets.image_dataset(images, images).batch

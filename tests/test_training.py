@@ -10,6 +10,7 @@ import pytest
 
 from lvae_jax import datasets, likelihoods, networks, toy, training
 from lvae_jax import vae as vae_lib
+from lvae_jax.keys import example_keys
 
 BATCH = 20
 INDEX = jnp.arange(BATCH)
@@ -171,7 +172,7 @@ def test_metrics_are_those_of_the_parameters_before_the_step():
     vae, x, key, optimizer = model_of(0.5), points(), jax.random.key(7), optimizer_of(200)
     state = init_state(jax.random.key(0), vae, optimizer)
     _, metrics = train_step(key, vae, optimizer, state, x, INDEX)
-    terms = elbo(datasets.example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
+    terms = elbo(example_keys(key, jnp.arange(BATCH)), vae, state.params, x)
     np.testing.assert_allclose(metrics.scores.elbo, np.mean(terms.log_likelihood - terms.kl), rtol=1e-5)
     np.testing.assert_allclose(metrics.scores.mse, np.mean((x - terms.mean) ** 2), rtol=1e-5)
     np.testing.assert_allclose(metrics.scores.sigma_max, 0.5, rtol=1e-6)
