@@ -2,7 +2,8 @@
 
 Everything in the library is a differentiable function of its arrays. Of Theorem 1: how fast the best radius and the
 best ELBO on the sphere change with sigma. Of a model: the slope of the mean ELBO by log sigma, n (mse / sigma^2 - 1),
-which vanishes where sigma^2 is the mean squared error. `lv.fixed` stops gradients; for them take `lv.learned_scalar`.
+which vanishes where sigma^2 is the mean squared error. `lv.with_likelihood` reads one model at any sigma; of the heads
+that take one, `lv.fixed` stops gradients by it, `lv.learned_scalar` does not.
 
 Expect, at sigma 0.3, -0.750 and -2.963 on the sphere in R^3, and for the model twice 40.30 nats.
 """
@@ -23,14 +24,14 @@ def theory_slopes(sigmas: jax.Array, dim: int = 3) -> tuple[jax.Array, jax.Array
 
 def model_slope(log_sigma: jax.Array) -> tuple[jax.Array, lv.Scores]:
     """The slope of an untrained model's mean ELBO on the toy by log sigma, in nats, and its scores."""
-    head = lv.learned_scalar()
-    vae = lv.mlp_vae((2,), head, latent_size=2, width=32)
+    vae = lv.mlp_vae((2,), lv.learned_scalar(), latent_size=2, width=32)
     params = lv.init(jax.random.key(0), vae)
     x = toy.sample(jax.random.split(jax.random.key(1), 1000))
     keys = jax.random.split(jax.random.key(2), 1000)
 
     def mean_elbo(log_sigma: jax.Array) -> tuple[jax.Array, lv.Scores]:
-        terms = lv.elbo(keys, vae, {**params, "likelihood": {"log_stddev": log_sigma}}, x)
+        head = lv.learned_scalar(jnp.exp(log_sigma))
+        terms = lv.elbo(keys, *lv.with_likelihood(vae, params, head), x)
         return terms.elbo.mean(), lv.summary(lv.scores(terms, x))
 
     return jax.grad(mean_elbo, has_aux=True)(log_sigma)

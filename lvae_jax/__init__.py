@@ -47,6 +47,7 @@ from lvae_jax.vae import (
     rescaled,
     scores,
     summary,
+    with_likelihood,
 )
 
 __all__ = [
@@ -93,4 +94,5 @@ __all__ = [
     "theory",
     "train_step",
     "train_steps",
+    "with_likelihood",
 ]

@@ -103,6 +103,9 @@ class Likelihood(NamedTuple):
 def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
     """F-VAE: N(mean, sigma^2 I), sigma a positive constant or a schedule, a pure function of the (traced) step.
 
+    The sigma in force is in the parameters, which `init` gives: `vae.with_likelihood` sets it in a trained model. It
+    has no gradient; for that take `learned_scalar`.
+
     Raises:
       ValueError: sigma is a number, or a concrete array, that is not positive.
     """

@@ -24,7 +24,10 @@ STANDARD_NORMAL = priors.standard_normal()
 
 
 class VAE(NamedTuple):
-    """A model. Its parameters are a dict with the keys encoder, decoder and likelihood, and prior if that has any."""
+    """A model. Its parameters are a dict with the keys encoder, decoder and likelihood, and prior if that has any.
+
+    The sigma of a head is among the parameters: to put another head on a trained model, take `with_likelihood`.
+    """
 
     encoder: Encoder
     decoder: Decoder
@@ -121,6 +124,20 @@ def rescaled(vae: VAE, *, centre: Float[np.ndarray, "*S"] | float, scale: float)
 
     head = likelihoods.rescaled(vae.likelihood, centre=centre, scale=scale)
     return vae._replace(encoder=vae.encoder._replace(apply=apply), likelihood=head)
+
+
+def with_likelihood(vae: VAE, params: Params, likelihood: Likelihood) -> tuple[VAE, Params]:
+    """The model under another head, at its initial values, with the parameters `params` of all other parts: a trained
+    model read at another sigma. `vae._replace` alone would leave the old head's sigma in force, which is in `params`.
+
+    >>> trained = mlp_vae((2,), likelihoods.fixed(0.5), latent_size=1)
+    >>> params = init(jax.random.key(0), trained)
+    >>> vae, params = with_likelihood(trained, params, likelihoods.fixed(0.1))
+    >>> _, stddev = reconstruct(vae, params, jnp.zeros((1, 2)))
+    >>> [round(float(sigma), 3) for sigma in stddev[0]]
+    [0.1, 0.1]
+    """
+    return vae._replace(likelihood=likelihood), params | {"likelihood": likelihood.init()}
 
 
 def init(key: Key[Array, ""], vae: VAE) -> Params:

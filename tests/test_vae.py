@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from lvae_jax import likelihoods, networks, vae
+from lvae_jax import evaluation, likelihoods, networks, vae
 from lvae_jax.networks import Decoder, Encoder
 
 # x = W z + OFFSET + SIGMA noise. The columns of W are orthogonal, so that the posterior of z is diagonal:
@@ -371,3 +371,23 @@ def test_decoder_with_too_few_channels_is_refused():
 def test_no_samples_are_refused():
     with pytest.raises(ValueError, match="`num_samples`"):
         vae.generate(KEY, *small(), num_samples=0)
+
+
+def test_a_trained_model_is_read_under_another_head():
+    """Against the closed form of the ELBO at another sigma, mapped over sigmas, and by gradients."""
+    model = vae.mlp_vae((2,), likelihoods.fixed(0.5), latent_size=2, width=8, num_blocks=1)
+    params = vae.init(KEY, model)
+    x = jax.random.normal(jax.random.key(1), (50, 2))
+    keys = jax.random.split(jax.random.key(2), 50)
+    own = vae.elbo(keys, model, params, x)
+    fit = {"mse": float(vae.summary(vae.scores(own, x)).mse), "kl": float(own.kl.mean()), "num_dimensions": 2}
+
+    def mean_elbo(sigma, head=likelihoods.fixed):
+        return vae.elbo(keys, *vae.with_likelihood(model, params, head(sigma)), x).elbo.mean()
+
+    sigmas = np.array([0.1, 0.5, 2.0], np.float32)
+    np.testing.assert_allclose(jax.vmap(mean_elbo)(jnp.asarray(sigmas)), evaluation.elbo_at(sigmas, **fit), rtol=1e-5)
+    slope = jax.grad(mean_elbo)(jnp.float32(0.5), likelihoods.learned_scalar)
+    expected = (evaluation.elbo_at(0.501, **fit) - evaluation.elbo_at(0.499, **fit)) / 0.002
+    np.testing.assert_allclose(slope, expected, rtol=1e-3)
+    assert params["likelihood"]["log_stddev"] == jnp.log(0.5), "the model of before stays as it is"
