@@ -127,18 +127,20 @@ class Spread(NamedTuple):
 
 
 def spread(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Spread:
-    """The spread of the data in `chunks`, in their unit; arguments and errors are those of `principal_stddevs`."""
+    """The spread of the data in `chunks`, in their unit; arguments and errors are those of `principal_stddevs`. It takes once
+    more the memory for these numbers."""
     size, mean, rows, scatter = _second_moments(chunks)
     squares = np.square(rows).sum(axis=0) if scatter is None else np.diagonal(scatter)
     stddevs = np.sqrt(squares / size)
     varies = stddevs > 1e-9 * max(stddevs.max(), np.abs(mean).max())  # the mean of equal numbers is off by rounding
-    scales = np.where(varies, stddevs, np.inf) * math.sqrt(size)
-    if scatter is None:
-        correlation = np.linalg.svd(rows / scales[None], compute_uv=False)[0] ** 2
-    else:
-        correlation = np.linalg.eigvalsh(scatter / np.outer(scales, scales))[-1]
-    chance = (1.0 + math.sqrt(varies.sum() / size)) ** 2
-    return Spread(_principal_stddevs(size, rows, scatter), stddevs, float(correlation), chance)
+    scales = np.where(varies, stddevs, np.inf)
+    found = _principal_stddevs(size, rows.copy(), None if scatter is None else scatter.copy(order="F"))
+    rows /= scales[None]
+    if scatter is not None:
+        scatter /= scales[:, None]
+        scatter /= scales[None]
+    correlation = float(_principal_stddevs(size, rows, scatter)[0]) ** 2
+    return Spread(found, stddevs, correlation, chance=(1.0 + math.sqrt(varies.sum() / size)) ** 2)
 
 
 def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.ndarray, " R"]:
@@ -147,7 +149,8 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
     learns nothing but the mean.
 
     Args:
-      chunks: the N examples in parts, each read once, of D dimensions each; memory holds min(N, D) x D float64 numbers.
+      chunks: the N examples in parts, each read once, of D dimensions each. Memory holds min(N, D) x D float64 numbers
+        and as many examples as they came.
 
     Returns:
       R = min(N, D) values; all others are 0.
@@ -160,45 +163,55 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
 
 
 def _principal_stddevs(size: int, rows: np.ndarray, scatter: np.ndarray | None) -> Float[np.ndarray, " R"]:
+    """Of what `_second_moments` gives, which it overwrites."""
+    import scipy.linalg  # here, so that the library's import need not wait for it
+
     if scatter is None:
-        return np.linalg.svd(rows, compute_uv=False) / math.sqrt(size)
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(scatter)[::-1] / size, 0.0))
+        return scipy.linalg.svdvals(rows.T, overwrite_a=True, check_finite=False) / math.sqrt(size)
+    eigenvalues = scipy.linalg.eigvalsh(scatter, lower=False, overwrite_a=True, check_finite=False)
+    return np.sqrt(np.maximum(eigenvalues[::-1] / size, 0.0))
 
 
 def _second_moments(
     chunks: Iterable[Float[np.ndarray, "B *S"]],
 ) -> tuple[int, Float[np.ndarray, " D"], Float[np.ndarray, "N D"], Float[np.ndarray, "D D"] | None]:
     """The number of examples, their mean, and either the centred examples, which serve where they are fewer than their
-    dimensions, or the sums of their products."""
-    size, seen, mean, scatter = 0, 0, np.zeros(()), np.zeros(())
+    dimensions, or the sums of their products, of which the upper triangle is filled."""
+    import scipy.linalg
+
+    size, seen, mean = 0, 0, np.zeros(())
+    scatter: np.ndarray | None = None
     waiting: list[np.ndarray] = []
 
     def merge(rows: np.ndarray) -> None:
         # Chan, Golub and LeVeque 1983: exact sums of squares about the mean so far, in one pass.
-        nonlocal size, mean, scatter
-        centre = rows.mean(axis=0)
+        nonlocal size, mean
+        centre = rows.mean(axis=0, dtype=np.float64)
         step, total = centre - mean, size + len(rows)
-        centred = rows - centre[None]
-        scatter = scatter + centred.T @ centred + (size * len(rows) / total) * np.outer(step, step)
+        # The shift of the mean is one more row. The product is added in place: D x D numbers once, not three times.
+        centred = np.vstack([rows - centre[None], math.sqrt(size * len(rows) / total) * step[None]])
+        scipy.linalg.blas.dsyrk(1.0, centred.T, beta=1.0, c=scatter, overwrite_c=True)
         size, mean = total, mean + (len(rows) / total) * step
 
     for chunk in chunks:
-        rows = np.asarray(chunk, np.float64).reshape(len(chunk), -1)
+        rows = np.asarray(chunk).reshape(len(chunk), -1)
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
             raise ValueError(f"`chunks`: example {seen + bad[0]} has a value that is not finite")
         seen += len(rows)
         waiting.append(rows)
-        if size or sum(map(len, waiting)) > rows.shape[1]:  # more examples than dimensions: their covariance is smaller
-            merge(np.concatenate(waiting))
-            waiting.clear()
-    if waiting:
-        rows = np.concatenate(waiting)
-        mean = rows.mean(axis=0)
-        return len(rows), mean, rows - mean[None], None
-    if not size:
+        if seen > rows.shape[1]:  # more examples than dimensions: their covariance is smaller
+            scatter = np.zeros(2 * rows.shape[1:], order="F") if scatter is None else scatter
+            while waiting:
+                merge(waiting.pop(0))
+    if scatter is not None:
+        return size, mean, np.zeros((0, len(mean))), scatter
+    if not seen:
         raise ValueError("there is no example")
-    return size, mean, np.zeros((0, len(mean))), scatter
+    rows = np.concatenate(waiting, dtype=np.float64)
+    mean = rows.mean(axis=0)
+    rows -= mean[None]
+    return seen, mean, rows, None
 
 
 def linear_best_elbo(

@@ -2,6 +2,7 @@
 limits of any data set against other methods."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,19 @@ def test_principal_stddevs_are_those_of_the_whole_covariance(shape):
     for chunk in (1, 3, 1000):
         ours = theory.principal_stddevs(x[i : i + chunk] for i in range(0, len(x), chunk))
         np.testing.assert_allclose(ours**2, np.maximum(whole, 0.0), atol=1e-10)
+
+
+@pytest.mark.parametrize(("function", "most"), [(theory.principal_stddevs, 2.1), (theory.spread, 3.1)])
+@pytest.mark.parametrize("size", [300, 900])
+def test_memory_is_that_of_the_smaller_matrix(size, function, most):
+    """In units of min(N, D) x D float64 numbers."""
+    rng = np.random.default_rng(0)
+    function([rng.random((2, 3))])  # imports, which take memory once
+    tracemalloc.start()
+    function(rng.random((50, 500)).astype(np.float32) for _ in range(size // 50))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < most * 8 * 500 * min(size, 500)
 
 
 @pytest.mark.parametrize("size", [6, 400])
