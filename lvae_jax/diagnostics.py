@@ -87,7 +87,13 @@ def details(terms: Terms, *, floor: float) -> Details:
 
 
 def summarise(details: Details) -> Diagnostics:
-    """The diagnostics of a set of examples, the last axis of the details."""
+    """The diagnostics of a set of examples, the last axis of the details.
+
+    Raises:
+      ValueError: there are fewer than 2 examples: one alone has no use of the latent space that could be measured.
+    """
+    if details.posterior_mean.shape[-1] < 2:
+        raise ValueError(f"diagnostics need at least 2 examples, got {details.posterior_mean.shape[-1]}")
     latent_kl, posterior_mean, at_floor, residual, residual_square, covered = (
         np.asarray(field, np.float64) for field in details
     )

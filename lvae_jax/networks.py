@@ -68,6 +68,16 @@ def check_data(x: Array, shape: Sequence[int]) -> None:
         raise ValueError(f"`x` is of type {x.dtype}, but the model is of floating-point data: scale grey levels first")
 
 
+def _check_sizes(**sizes: int | Sequence[int]) -> None:
+    for name, size in sizes.items():
+        least = 0 if name == "num_blocks" else 1
+        for value in size if isinstance(size, Sequence) else (size,):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not sizes.get("widths", True):
+        raise ValueError("widths must hold at least one number")
+
+
 def mlp_encoder(
     shape: Sequence[int],
     latent_size: int,
@@ -77,7 +87,12 @@ def mlp_encoder(
     dtype: DTypeLike | None = None,
 ) -> Encoder:
     """The paper's network for the toy: a residual MLP from flattened data [B, *shape] to a posterior of `latent_size`
-    dimensions."""
+    dimensions.
+
+    Raises:
+      ValueError: a size is not positive; num_blocks may be 0.
+    """
+    _check_sizes(shape=shape, latent_size=latent_size, width=width, num_blocks=num_blocks)
     return _encoder(_ResidualMLP(2 * latent_size, width, num_blocks, dtype), shape)
 
 
@@ -90,7 +105,12 @@ def mlp_decoder(
     num_blocks: int = 4,
     dtype: DTypeLike | None = None,
 ) -> Decoder:
-    """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs]."""
+    """The mirror image of `mlp_encoder`: latents [B, latent_size] to [B, *shape, outputs].
+
+    Raises:
+      ValueError: a size is not positive; num_blocks may be 0.
+    """
+    _check_sizes(shape=shape, outputs=outputs, latent_size=latent_size, width=width, num_blocks=num_blocks)
     module = _ResidualMLP(math.prod(shape) * outputs, width, num_blocks, dtype)
     return _decoder(module, shape, outputs, latent_size)
 
@@ -104,7 +124,12 @@ def conv_encoder(
     dtype: DTypeLike | None = None,
 ) -> Encoder:
     """The paper's network for images [B, H, W, C]: a stride-2 convolution for each width, then residual blocks (MNIST:
-    3 and 4, CelebA: 4 and 5)."""
+    3 and 4, CelebA: 4 and 5).
+
+    Raises:
+      ValueError: a size is not positive, or there is no width; num_blocks may be 0.
+    """
+    _check_sizes(shape=shape, latent_size=latent_size, widths=widths, num_blocks=num_blocks)
     return _encoder(_ConvEncoder(2 * latent_size, tuple(widths), num_blocks, dtype), shape)
 
 
@@ -118,7 +143,12 @@ def conv_decoder(
     dtype: DTypeLike | None = None,
 ) -> Decoder:
     """The mirror image of `conv_encoder`, with transposed convolutions: latents [B, latent_size] to [B, H, W, C,
-    outputs]."""
+    outputs].
+
+    Raises:
+      ValueError: a size is not positive, or there is no width; num_blocks may be 0.
+    """
+    _check_sizes(shape=shape, outputs=outputs, latent_size=latent_size, widths=widths, num_blocks=num_blocks)
     module = _ConvDecoder(tuple(shape), outputs, tuple(widths), num_blocks, dtype)
     return _decoder(module, shape, outputs, latent_size)
 

@@ -192,3 +192,11 @@ def test_decoder_that_ignores_z_is_diagnosed():
     vae = vae._replace(encoder=blind, decoder=Decoder(vae.decoder.init, lambda params, z: 0.0 * z[:, :1, None]))
     _, details = examined(vae, vae_lib.init(jax.random.key(0), vae))
     assert diagnostics.diagnosis(diagnostics.summarise(details)).startswith("posterior collapse")
+
+
+def test_one_example_alone_is_no_collapse():
+    """Its posterior mean has no variance, whatever the model."""
+    terms = vae_lib.Terms(*(jnp.ones((1,)),) * 2, *(jnp.ones((1, 2)),) * 5)
+    details = diagnostics.details(terms, floor=0.0)
+    with pytest.raises(ValueError, match="need at least 2 examples, got 1"):
+        diagnostics.summarise(details)

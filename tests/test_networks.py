@@ -221,3 +221,30 @@ def test_posterior_stddev_is_bounded():
     assert (log_stddev <= high).all()
     assert math.isclose(log_stddev.min(), low)
     assert math.isclose(log_stddev.max(), high)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (0, 4, 1)}, "shape must be at least 1, got 0"),
+        ({"latent_size": 0}, "latent_size must be at least 1"),
+        ({"outputs": 0}, "outputs must be at least 1"),
+        ({"width": 0}, "width must be at least 1"),
+        ({"widths": ()}, "widths must hold at least one number"),
+        ({"widths": (4, -1)}, "widths must be at least 1, got -1"),
+        ({"num_blocks": -1}, "num_blocks must be at least 0"),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_made(change, message):
+    tried = 0
+    for encoder, decoder, shape, options in PAIRS.values():
+        if set(change) & {"width", "widths"} and not set(change) & set(options):
+            continue
+        given = {"shape": shape, "latent_size": 2} | options | change
+        with pytest.raises(ValueError, match=message):
+            decoder(outputs=given.pop("outputs", 1), **given)
+        if "outputs" not in change:
+            tried += 1
+            with pytest.raises(ValueError, match=message):
+                encoder(**given)
+    assert tried or "outputs" in change

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -373,3 +374,20 @@ def test_noise_belongs_to_index_and_step():
     assert len(np.unique(np.asarray(first), axis=0)) == 8
     _, history = members([0], np.ones(1), 6)
     assert len(np.unique(history.scores.mse)) == 6
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.zeros((4, 2), jnp.uint8), "of type uint8, but the model is of floating-point data: scale grey levels"),
+        (jnp.zeros((4, 3)), r"the shape \[4, 3\], but the model is of data \[B, 2\]"),
+        (jnp.zeros((4,)), r"the shape \[4\]"),
+    ],
+)
+def test_data_of_another_type_or_shape_are_refused(x, message, monkeypatch):
+    model = vae_lib.mlp_vae((2,), likelihoods.fixed(), latent_size=2, width=4, num_blocks=0)
+    optimizer = training.optimizer(10)
+    state = training.init_state(jax.random.key(0), model, optimizer)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which users have not got
+    with pytest.raises(ValueError, match=message):
+        training.train_step(jax.random.key(1), model, optimizer, state, x, jnp.arange(4))
