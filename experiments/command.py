@@ -192,21 +192,34 @@ def values(names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(flags.FLAGS, name) for name in names}
 
 
+def number(text: str, kind: type = float) -> Any:
+    """The number that a text says.
+
+    Raises:
+      ValueError: it says none, or one that is too large for floating point.
+    """
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"must be a {'whole ' if kind is int else ''}number") from None
+    if kind is float and math.isinf(value) and "inf" not in text.lower():
+        raise ValueError("larger than any floating-point number, give a smaller one")
+    return value
+
+
 def numbers(name: str, texts: Sequence[str], kind: type = float) -> tuple[Any, ...]:
     """The numbers that the flag `name` lists.
 
     Raises:
-      UsageError: a value is not a number.
+      UsageError: a value is not a number, or too large.
     """
-    what = "whole number" if kind is int else "number"
-    try:
-        values = tuple(kind(text) for text in texts)
-    except ValueError:
-        raise UsageError(f"--{name}={','.join(texts)}: every value must be a {what}") from None
-    for text, value in zip(texts, values, strict=True):
-        if kind is float and math.isinf(value) and "inf" not in text.lower():
-            raise UsageError(f"--{name}={text}: larger than any floating-point number, give a smaller one")
-    return values
+    values = []
+    for text in texts:
+        try:
+            values.append(number(text, kind))
+        except ValueError as error:
+            raise UsageError(f"--{name}={text}: {error}") from None
+    return tuple(values)
 
 
 def file_name(dataset: str) -> str:

@@ -6,6 +6,7 @@
 A field without an `Option` has no flag.
 """
 
+import functools
 import math
 import types
 import typing
@@ -15,6 +16,13 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import command
+
+
+class FloatParser(flags.FloatParser):
+    """Numbers as their text says: 1e400 is none that a computer has, and not inf."""
+
+    def convert(self, argument: Any) -> float:
+        return command.number(str(argument))
 
 
 class Range(NamedTuple):
@@ -70,7 +78,8 @@ def declared(config: Any) -> dict[str, tuple[Any, Option]]:
 
 def define(config: Any, groups: Sequence[str]) -> None:
     """Defines the flags of a config class, whose groups --help lists in this order."""
-    makers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    as_float = functools.partial(flags.DEFINE, FloatParser(), serializer=flags.ArgumentSerializer())
+    makers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: as_float, str: flags.DEFINE_string}
     fields = declared(config)
     assert {option.group for _, option in fields.values()} == set(groups)
     for title in groups:

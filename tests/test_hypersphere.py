@@ -239,7 +239,7 @@ def test_nonsense_is_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--dims=two", "--dims=two: every value must be a whole number"),
+        ("--dims=two", "--dims=two: must be a whole number"),
         ("--dims=1", "--dims=1: every value must be at least 2"),
         ("--sigma=0.3,0.3", "--sigma=0.3,0.3: give at least one, and each only once"),
     ],

@@ -27,7 +27,7 @@ def defined(monkeypatch):
     """The flags of the config, parsed from words, in a registry of their own."""
     monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
     monkeypatch.setattr(command, "_groups", {"the run": [], "several processes": []})
-    define = {name: getattr(flags, name) for name in dir(flags) if name.startswith("DEFINE_")}
+    define = {name: getattr(flags, name) for name in dir(flags) if name.startswith("DEFINE")}
     for name, function in define.items():
         monkeypatch.setattr(
             flags,
@@ -66,8 +66,17 @@ def test_flags_have_types_and_defaults(defined):
 
 
 def test_list_values_that_are_not_numbers(defined):
-    with pytest.raises(command.UsageError, match="--sizes=8,x: every value must be a whole number"):
+    with pytest.raises(command.UsageError, match="--sizes=x: must be a whole number"):
         defined("--sizes=8,x")
+
+
+def test_numbers_too_large_for_floating_point_are_shown_as_they_were_given(defined):
+    assert defined("--part=inf")["part"] == float("inf"), "for the range to judge"
+    for flag in ("--part=1e400", "--small=-1e400"):
+        with pytest.raises(flags.Error, match=f"flag {flag}: larger than any floating-point number"):
+            defined(flag)
+    with pytest.raises(command.UsageError, match="--scales=1e400: larger than any"):
+        defined("--scales=1,1e400")
 
 
 def test_help_groups_flags_and_tells_defaults(defined):
