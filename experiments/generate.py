@@ -72,7 +72,7 @@ def run(
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
     members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
     levels, form = summary.levels, summary.form
-    given = read_images(images, shape, levels=levels) if images else None
+    given = read_images(images, form) if images else None
     # Each checkpoint is restored once, however many of its members generate.
     groups = {member.group: member.variant for member in members}
     weights = {group: sweep.restore(path, config, group, variant, form) for group, variant in groups.items()}
@@ -154,9 +154,9 @@ def choose(
     ]
 
 
-def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int | None = 256) -> np.ndarray:
-    """The examples in .npy, PNG and JPEG files, and in folders of PNG and JPEG files by name, in storage form [N, *S]:
-    uint8 images of grey levels 0 to `levels` - 1, or float32 points.
+def read_images(sources: Sequence[str], form: datasets.Form) -> np.ndarray:
+    """The examples of this form in .npy, PNG and JPEG files, and in folders of PNG and JPEG files by name, in storage
+    form [N, *S]: uint8 images of grey levels, or float32 points.
 
     Raises:
       command.UsageError: a file cannot be read, or its examples have the wrong shape or grey levels for this model.
@@ -171,7 +171,8 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int |
             files += found
         else:
             files.append(path)
-    examples = [read_file(file, shape, levels=levels) for file in files]
+    levels = form.levels
+    examples = [read_file(file, form) for file in files]
     for file, value in zip(files, examples, strict=True):
         if levels is not None and value.max() >= levels:
             raise command.UsageError(
@@ -180,8 +181,9 @@ def read_images(sources: Sequence[str], shape: tuple[int, ...], *, levels: int |
     return np.concatenate(examples)
 
 
-def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.ndarray:
+def read_file(file: Path, form: datasets.Form) -> np.ndarray:
     """The examples in one file, as `read_images` says."""
+    shape, levels = form.shape, form.levels
     try:
         if file.suffix.lower() == ".npy":
             with open(file, "rb") as stream:
@@ -202,6 +204,8 @@ def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.n
     ) as error:
         reason = " ".join(str(error).split())
         raise command.UsageError(f"--images={file} cannot be read as a .npy, PNG or JPEG file: {reason}") from None
+    if value.ndim == len(shape) == 3 and shape[2] == 1:
+        value = value[..., None]  # as files of grey images often are
     if value.ndim != len(shape) + 1 or value.shape[1:] != shape or len(value) == 0:
         raise command.UsageError(f"--images={file}: give [N, {', '.join(map(str, shape))}], not {list(value.shape)}")
     if value.dtype != np.uint8 if levels is not None else value.dtype.kind not in "fiu":
@@ -211,7 +215,7 @@ def read_file(file: Path, shape: tuple[int, ...], *, levels: int | None) -> np.n
         return value
     with np.errstate(over="ignore"):
         points = value.astype(np.float32)
-    if not np.isfinite(points).all():
+    if not (np.isfinite(points) | (np.isnan(points) & form.masked)).all():
         raise command.UsageError(f"--images={file}: every coordinate must be a finite float32")
     return points
 

@@ -13,6 +13,7 @@ from experiments import statistics, tables
 from experiments.results import Member, Row, Scored, Summary
 from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs, toy
+from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
 
 # One colour for a variant in all figures.
@@ -32,10 +33,10 @@ def by_row(results: Sequence[AnyScored]) -> dict[str, list[AnyScored]]:
     return rows
 
 
-def row(members: Sequence[Member], shape: Sequence[int], *, kind: Kind, levels: int | None) -> Row:
-    """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one). `kind`
-    and `levels` are those of `evaluation.rate`; levels is None for points, which have no rate."""
-    first = members[0]
+def row(members: Sequence[Member], form: Form, *, kind: Kind) -> Row:
+    """The mean over a row's members, with the standard deviation of the ELBO over seeds (0 for a single one), for data
+    of this form. `kind` is that of `evaluation.rate`; data without levels have no rate."""
+    first, shape, levels = members[0], form.shape, form.levels
     known = [name for name in AVERAGED if getattr(first, name) is not None]
     mean: dict[str, Any] = {name: float(np.mean([getattr(member, name) for member in members])) for name in known}
     # The mean of equal floats can differ from them in the last digit, and rows are found by their sigma.
@@ -46,7 +47,8 @@ def row(members: Sequence[Member], shape: Sequence[int], *, kind: Kind, levels: 
         diagnosis=_diagnosis([member.diagnosis for member in members]),
         num_seeds=len(members),
         elbo_sd=statistics.stddev([member.elbo for member in members]),
-        elbo_paper=None if kind == Kind.DISCRETISED else evaluation.paper_elbo(mean["elbo"], shape),
+        # Its constant counts all dimensions.
+        elbo_paper=None if kind == Kind.DISCRETISED or form.masked else evaluation.paper_elbo(mean["elbo"], shape),
         **mean,
     )
     if levels is None:
@@ -164,7 +166,7 @@ def _elbo_against_sigma(summary: Summary) -> Any:
             ]
         )
         for title, column in columns.items()
-        if title not in maps and summary.kind != Kind.DISCRETISED
+        if title not in maps and summary.kind != Kind.DISCRETISED and summary.missing is None
     }
     limited = sorted({(row.sigma, row.best_elbo[1]) for row in summary.rows if row.best_elbo is not None})
     return figures.elbo_against_sigma(

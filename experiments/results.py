@@ -212,6 +212,7 @@ class Summary(Limits):
       shape: of an example; `num_dimensions` is its product.
       levels: the number of grey levels; None for data without them.
       centre, scale: see `datasets.Form`; None where no scaling was needed.
+      missing: the fraction of the test examples' values that are missing; None where none may be.
       kind: one of `evaluation.Kind`, or `POINTS`.
       histograms: bits per dimension of `evaluation.histograms`; empty for points.
     """
@@ -233,13 +234,15 @@ class Summary(Limits):
     jax: str
     centre: list[float] | None = None
     scale: float | None = None
+    missing: float | None = None
 
     @property
     def form(self) -> Form:
         """All that a model has to know of the data."""
+        form = Form(tuple(self.shape), self.levels, masked=self.missing is not None)
         if self.scale is None or self.centre is None:
-            return Form(tuple(self.shape), self.levels)
-        return Form(tuple(self.shape), self.levels, np.array(self.centre), self.scale)
+            return form
+        return form._replace(centre=np.array(self.centre), scale=self.scale)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

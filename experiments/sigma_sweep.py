@@ -216,7 +216,7 @@ def train_all(
             members += done.members
             panels += done.panels
             for title, part in report.by_row(done.members).items():
-                rows.append(report.row(part, dataset.shape, kind=kind, levels=dataset.levels))
+                rows.append(report.row(part, dataset.form, kind=kind))
                 if not quiet:
                     with tqdm.tqdm.external_write_mode():
                         echo(report.line(title, rows[-1]))
@@ -321,6 +321,7 @@ def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], member
         levels=dataset.levels,
         centre=None if dataset.scale == 1.0 else np.asarray(dataset.centre, np.float64).tolist(),
         scale=None if dataset.scale == 1.0 else dataset.scale,
+        missing=float(np.isnan(dataset.test).mean()) if dataset.masked else None,
         kind=POINTS if dataset.levels is None else kind_of(config),
         num_dimensions=math.prod(dataset.shape),
         latent_size=config.latent_size,
@@ -387,7 +388,8 @@ def evaluate(
     shown = dataset.test[: domain.num_pictures]
     data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
     pictures = programs.pictures(group, states, shown)
-    columns |= domain.measure(pictures, data, dataset)
+    if not dataset.masked:  # all of them compare whole examples
+        columns |= domain.measure(pictures, data, dataset)
     # JSON has no NaN: better one line now than a traceback after hours of training.
     for name, values in columns.items():
         if not np.isfinite(np.asarray(values, np.float64)).all():

@@ -21,15 +21,18 @@ class Survey(NamedTuple):
     Attributes:
       dataset: the data set.
       low, high: the least and the largest value of both splits, as the model sees them.
+      missing: the fraction of the values of both splits that are missing.
       num_constant: the number of dimensions in which the training examples do not vary.
       num_repeats: the number of training examples that are repeats of an earlier one.
       num_shared: the number of test examples that are training examples as well.
-      principal_stddevs: [D], in falling order, of the training examples; None where they would take long.
+      principal_stddevs: [D], in falling order, of the training examples; None where they would take long, or values are
+        missing.
     """
 
     dataset: Dataset
     low: float
     high: float
+    missing: float
     num_constant: int
     num_repeats: int
     num_shared: int
@@ -39,20 +42,24 @@ class Survey(NamedTuple):
 def survey(dataset: Dataset) -> Survey:
     """The facts about a data set that has a training split."""
     size = math.prod(dataset.shape)
-    constant, low, high = np.ones(size, bool), math.inf, -math.inf
-    first = _chunk(dataset, dataset.train, 0)[0].ravel()
-    for part in _chunks(dataset, dataset.train):
-        constant &= np.all(part.reshape(-1, size) == first, axis=0)
-        low, high = min(low, float(part.min())), max(high, float(part.max()))
-    for part in _chunks(dataset, dataset.test):
-        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    lows, highs, missing = np.full(size, np.inf), np.full(size, -np.inf), 0
+    for split in (dataset.test, dataset.train):
+        # fmin and fmax pass over NaN, a value that is missing.
+        lowest, highest = np.full(size, np.inf), np.full(size, -np.inf)  # in the end those of training
+        for part in _chunks(dataset, split):
+            rows = part.reshape(-1, size)
+            np.fmin(lowest, np.fmin.reduce(rows, axis=0), out=lowest)
+            np.fmax(highest, np.fmax.reduce(rows, axis=0), out=highest)
+            missing += int(np.isnan(rows).sum())
+        lows, highs = np.fmin(lows, lowest), np.fmax(highs, highest)
     seen = set(map(_digest, dataset.train))
-    worthwhile = len(dataset.train) * size**2 <= LARGEST_COVARIANCE
+    worthwhile = len(dataset.train) * size**2 <= LARGEST_COVARIANCE and not missing
     return Survey(
         dataset=dataset,
-        low=low,
-        high=high,
-        num_constant=int(constant.sum()),
+        low=float(lows.min()),
+        high=float(highs.max()),
+        missing=missing / (size * (len(dataset.train) + len(dataset.test))),
+        num_constant=int(np.sum(lowest == highest)),
         num_repeats=len(dataset.train) - len(seen),
         num_shared=sum(_digest(example) in seen for example in dataset.test),
         principal_stddevs=theory.principal_stddevs(_chunks(dataset, dataset.train)) if worthwhile else None,
@@ -69,6 +76,7 @@ def text(survey: Survey, sigmas: Sequence[float]) -> str:
         f"values from {survey.low:.4g} to {survey.high:.4g}{levels}; unit: {dataset.unit}"
     ]
     found = {
+        f"{survey.missing:.1%} of the values are missing": survey.missing,
         f"{survey.num_constant} of {size} dimensions do not vary": survey.num_constant,
         f"{survey.num_repeats} training examples repeat an earlier one": survey.num_repeats,
         f"{survey.num_shared} test examples are training examples as well": survey.num_shared,
@@ -76,7 +84,8 @@ def text(survey: Survey, sigmas: Sequence[float]) -> str:
     if any(found.values()):
         lines.append("  " + ", ".join(words for words, number in found.items() if number))
     if survey.principal_stddevs is None:
-        lines.append("  critical sigma: left out, experiments.critical_sigma computes it")
+        reason = "it needs all values" if survey.missing else "experiments.critical_sigma computes it"
+        lines.append(f"  critical sigma: left out, {reason}")
     else:
         usable = ", ".join(f"{sigma:g} can use {np.sum(survey.principal_stddevs > sigma)}" for sigma in sigmas)
         critical = survey.principal_stddevs[0]

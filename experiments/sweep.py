@@ -244,6 +244,10 @@ class Config(NamedTuple):
     ] = False
     fake_data: FakeData = False
     test_fraction: TestFraction = 0.1
+    mask: Annotated[
+        bool,
+        Option(DATA, "NaN in a file of floats is a value that is missing; the models leave it out of log p(x|z)"),
+    ] = False
     celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
     own_files: str | None = None  # no flags: the command sees what --dataset=PATH holds,
     own_kind: str | None = None  # and of which kind, in `domains.OWN`, that is
@@ -304,7 +308,7 @@ def by_kind(name: str) -> str:
 
 def data_options(config: Config) -> dict[str, Any]:
     """The fields that `datasets.load` takes."""
-    names = ("image_size", "levels", "flip", "dequantize", "fake_data", "test_fraction")
+    names = ("image_size", "levels", "flip", "dequantize", "fake_data", "test_fraction", "mask")
     return {name: getattr(config, name) for name in names}
 
 

@@ -108,6 +108,10 @@ def sweep_notes(summary: Summary) -> list[str]:
             f"The paper drops the density's constant (n/2) log 2 pi, n = {summary.num_dimensions}: its ELBO is higher "
             "by that."
         )
+    if summary.missing is not None:
+        notes.append(
+            f"{summary.missing:.1%} of the test values are missing: p(x|z) and the ELBO are those of the others."
+        )
     if "IW bound" in found:
         notes.append(f"IW bound: importance-weighted, with {summary.num_importance_samples} draws.")
     if summary.entropy is not None:

@@ -152,4 +152,6 @@ def make_vae(
         mean = make(shape, VARIANTS[LEADER].head()).decoder  # the leader's, beside one of the same form for log sigma
         decoder = networks.side_by_side(networks.frozen(mean), mean)
         vae = vae._replace(encoder=networks.frozen(vae.encoder), decoder=decoder)
-    return vae if form.scale == 1.0 else vae_lib.rescaled(vae, centre=form.centre, scale=form.scale)
+    if form.scale != 1.0:
+        vae = vae_lib.rescaled(vae, centre=form.centre, scale=form.scale)
+    return vae_lib.masked(vae, fill=form.centre) if form.masked else vae

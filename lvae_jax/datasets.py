@@ -33,19 +33,21 @@ class Form(NamedTuple):
       levels: the number of grey levels of images, 256 for 8 bits; None for all other data.
       centre, scale: the mean of each dimension, [*S] or one number, and the overall stddev, by which a model scales
         data of any magnitude; 0 and 1 where no scaling is needed. See `vae.rescaled`.
+      masked: whether values may be missing. See `vae.masked`.
     """
 
     shape: tuple[int, ...]
     levels: int | None = None
     centre: Float[np.ndarray, "*S"] | float = 0.0
     scale: float = 1.0
+    masked: bool = False
 
 
 class Dataset(NamedTuple):
     """A data set with its two splits.
 
     Attributes:
-      shape, levels, centre, scale: see `Form`.
+      shape, levels, centre, scale, masked: see `Form`.
       unit: the name of the unit of the data, and so of sigma.
       train: what batches are gathered from: an array [N, *S] of all examples in storage form, or None for a stream.
       test: [N, *S], the held-out examples, in storage form (uint8 for grey levels, else floats).
@@ -65,6 +67,7 @@ class Dataset(NamedTuple):
     test_batch: Callable[[Any, Key[Array, ""], Int[Array, " B"]], Float[Array, "B *S"]]
     centre: Float[np.ndarray, "*S"] | float = 0.0
     scale: float = 1.0
+    masked: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -74,7 +77,7 @@ class Dataset(NamedTuple):
     @property
     def form(self) -> Form:
         """All that a model has to know of the data."""
-        return Form(self.shape, self.levels, self.centre, self.scale)
+        return Form(self.shape, self.levels, self.centre, self.scale, self.masked)
 
 
 def load(
@@ -86,6 +89,7 @@ def load(
     dequantize: bool = False,
     fake_data: bool = False,
     test_fraction: float = 0.1,
+    mask: bool = False,
     data_dir: str | None = None,
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
@@ -102,6 +106,7 @@ def load(
       flip, dequantize: of images, see `image_dataset`.
       fake_data: synthetic images of the data set's shape instead, see `images.fake_images`; nothing is read.
       test_fraction: of files without a test split, see `files.load`.
+      mask: floats of files may be NaN, which are values that are missing.
       data_dir, manual_dir: see `images.tfds_images`.
       celeba_dir: a folder of CelebA's JPEGs, see `celeba.images`.
 
@@ -116,6 +121,7 @@ def load(
         dequantize=dequantize,
         fake_data=fake_data,
         test_fraction=test_fraction,
+        mask=mask,
         data_dir=data_dir,
         manual_dir=manual_dir,
         celeba_dir=celeba_dir,
@@ -123,8 +129,8 @@ def load(
     if name == "toy":
         return toy_stream()
     if files.is_path(name):
-        cache_dir = images.data_folder(data_dir)
-        train, test = files.load(name, image_size=image_size, test_fraction=test_fraction, cache_dir=cache_dir)
+        options: dict[str, Any] = {"image_size": image_size, "test_fraction": test_fraction, "mask": mask}
+        train, test = files.load(name, **options, cache_dir=images.data_folder(data_dir))
     elif name == images.DIGITS:
         train, test = images.digits_images()
     elif fake_data:
@@ -137,10 +143,10 @@ def load(
     else:
         train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
     if train.ndim == 2:
-        return point_dataset(train, test)
+        return point_dataset(train, test)._replace(masked=mask)
     if train.dtype == np.uint8:
         train, test, levels = _with_levels(train, test, levels)
-    return image_dataset(train, test, levels=levels, flip=flip, dequantized=dequantize)
+    return image_dataset(train, test, levels=levels, flip=flip, dequantized=dequantize)._replace(masked=mask)
 
 
 def labels(
@@ -167,6 +173,7 @@ def check(
     dequantize: bool = False,
     fake_data: bool = False,
     test_fraction: float = 0.1,
+    mask: bool = False,
     data_dir: str | None = None,
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
@@ -189,10 +196,13 @@ def check(
         "`dequantize`": dequantize,
         "`fake_data`": fake_data,
         "`manual_dir`": manual_dir is not None,
+        "`mask`": mask,
     }
     for argument in ("`image_size`", "`celeba_dir`"):
         if asked[argument] and not of_celeba and not (is_path and argument == "`image_size`"):
             raise DatasetError(f"{argument} is for CelebA: leave it out, or give `name`={celeba.NAME}")
+    if mask and not is_path:
+        raise DatasetError("`mask` is for files of your own, in which NaN is a missing value: leave it out")
     if is_path:
         for argument in ("`fake_data`", "`manual_dir`"):
             if asked[argument]:
@@ -200,6 +210,8 @@ def check(
         if image_size is not None and image_size < 1:
             raise DatasetError(f"`image_size`={image_size}: must be at least 1")
         shape, has_levels = files.peek(name, image_size=image_size)
+        if mask and has_levels:
+            raise DatasetError(f"`mask` is for floats, {name} holds grey levels, all of which are there: leave it out")
         wrong = [] if len(shape) == 3 else ["`flip`"]
         for argument in wrong if has_levels else [*wrong, "`levels`", "`dequantize`"]:
             if asked[argument]:
@@ -262,9 +274,10 @@ def _stream(shape: tuple[int, ...], unit: str, sample: Callable[[Key[Array, " B"
 
 def point_dataset(train: np.ndarray, test: np.ndarray, *, unit: str = "unit of the data") -> Dataset:
     """Points, floats [N, D] in any `unit`, as a data set, in epochs as `image_dataset` has them. Models scale them by
-    the mean of each dimension and by one number, the root of the mean variance, of the training points."""
-    centre = train.mean(axis=0, dtype=np.float64)
-    scale = math.sqrt(np.mean(train.var(axis=0, dtype=np.float64)))
+    the mean of each dimension and by one number, the root of the mean variance, of the training points. NaN is a value
+    that is missing, and does not count."""
+    centre = np.nanmean(train, axis=0, dtype=np.float64)
+    scale = math.sqrt(np.mean(np.nanvar(train, axis=0, dtype=np.float64)))
     return image_dataset(train, test, levels=None)._replace(unit=unit, centre=centre, scale=scale)
 
 
@@ -370,4 +383,4 @@ def dequantize(
     """
     # Bits instead of a uniform float, which would have 23 of them.
     u = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(as_threefry(keys))
-    return (jnp.asarray(x, jnp.float32) + u / jnp.float32(2**16)) / float(levels)
+    return (jnp.asarray(x, jnp.float32) + u.astype(jnp.float32) / 2.0**16) / float(levels)

@@ -4,6 +4,7 @@
 and keeps the leading axes of sweep members.
 """
 
+import functools
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ class Details(NamedTuple):
     Attributes:
       latent_kl: [L, B], KL(q(z|x) || N(0, I)) in nats of each latent dimension, whatever the prior.
       posterior_mean: [L, B], the mean of q(z|x).
-      at_floor: [B], the fraction of data dimensions whose stddev is within 5 % of the head's floor.
+      at_floor: [B], the fraction of data dimensions, here and below those that were observed, whose stddev is within
+        5 % of the head's floor.
       residual, residual_square: [B], means over data dimensions of the standardised residuals and of their squares.
       covered: [3, B], the fraction of data dimensions within the central intervals `INTERVALS` of p(x|z).
     """
@@ -73,16 +75,17 @@ class Diagnostics(NamedTuple):
 
 def details(terms: Terms, *, floor: float) -> Details:
     """The details of each example, given the terms of its bound and the `floor` of the head's stddev."""
-    axes = tuple(range(1, terms.residual.ndim))
+    # Over the dimensions that were observed.
+    mean = functools.partial(jnp.mean, axis=tuple(range(1, terms.residual.ndim)), where=terms.observed)
     # Two-sided: the central interval of probability p ends at the quantile (1 + p) / 2.
     limits = [NormalDist().inv_cdf(0.5 + 0.5 * probability) for probability in INTERVALS]
     return Details(
         latent_kl=gaussians.kl_to_standard(terms.posterior_mean, terms.posterior_log_stddev).T,
         posterior_mean=terms.posterior_mean.T,
-        at_floor=jnp.mean(terms.stddev <= 1.05 * floor, axis=axes),
-        residual=jnp.mean(terms.residual, axis=axes),
-        residual_square=jnp.mean(terms.residual**2, axis=axes),
-        covered=jnp.stack([jnp.mean(jnp.abs(terms.residual) <= limit, axis=axes) for limit in limits]),
+        at_floor=mean(terms.stddev <= 1.05 * floor),
+        residual=mean(terms.residual),
+        residual_square=mean(terms.residual**2),
+        covered=jnp.stack([mean(jnp.abs(terms.residual) <= limit) for limit in limits]),
     )
 
 

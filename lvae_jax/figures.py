@@ -60,7 +60,7 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     for axis in pairs[len(panels) - 1]:  # nothing is below these
         axis.tick_params(labelbottom=True)
     # The data set the frame: samples of a large sigma lie far outside, and would shrink all others.
-    low, high = panels[0].data.min(axis=0), panels[0].data.max(axis=0)
+    low, high = np.nanmin(panels[0].data, axis=0), np.nanmax(panels[0].data, axis=0)
     margin = 0.25 * (high - low).max()
     axes[0, 0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     for axis in axes[0]:
@@ -86,14 +86,19 @@ def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 def in_plane(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function [B, D] -> [B, 2] that shows points of D dimensions in the plane: along the two directions in which
-    `points` [N, D] vary most; those of a line in their order, one above the other."""
+    `points` [N, D] vary most; those of a line in their order, one above the other. In more than
+    two dimensions NaN, a value that is missing, is shown as the mean."""
     if points.shape[-1] == 1:
         return lambda x: np.column_stack([x, np.linspace(0.0, np.ptp(points), len(x))])
     if points.shape[-1] == 2:
         return lambda x: x
-    centre = points.mean(axis=0)
-    directions = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
-    return lambda x: (x - centre) @ directions.T
+    centre = np.nanmean(points, axis=0)
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        return np.where(np.isnan(x), 0.0, x - centre)
+
+    directions = np.linalg.svd(centred(points), full_matrices=False)[2][:2]
+    return lambda x: centred(x) @ directions.T
 
 
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:

@@ -70,7 +70,7 @@ def peek(path: str, *, image_size: int | None = None) -> tuple[tuple[int, ...], 
 
 
 def load(
-    path: str, *, image_size: int | None = None, test_fraction: float = 0.1, cache_dir: Path
+    path: str, *, image_size: int | None = None, test_fraction: float = 0.1, mask: bool = False, cache_dir: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """The train and test examples in the file or folder `path`: uint8 images [N, H, W, C], or float32 images or points
     [N, D].
@@ -82,12 +82,14 @@ def load(
       image_size: the side to which the square in the middle of each image of a folder is scaled by Pillow's bilinear
         filter, a triangle that widens with the scale, so that nothing aliases. Without it, all must have one size.
       test_fraction: the part of the examples that becomes the test split, where there is none.
+      mask: floats may be NaN, which are values that are missing: some, but not all, of an example, and not all of a
+        dimension in training.
 
     Raises:
       DatasetError: there is no such file, it is damaged, empty, or has too few examples for two splits; it holds
-        another type, values that are not finite, float images outside [0, 1], or points of which float32 keeps too
-        few digits; images of several sizes, of more than 8 bits, with transparent pixels, in other colours than RGB,
-        or several in one file.
+        another type, values that are not finite (with `mask`, infinite ones, or none at all where one is needed), float
+        images outside [0, 1], or points of which float32 keeps too few digits; images of several sizes, of more than 8
+        bits, with transparent pixels, in other colours than RGB, or several in one file.
     """
     source = Path(path).expanduser()
     if archives := _archives(source):
@@ -95,14 +97,17 @@ def load(
     elif source.is_dir():
         parts = [_folder(source, image_size, cache_dir)]
     else:
-        parts = [_examples(array, source) for array in _read(source, _array)]
+        parts = [_examples(array, source, mask) for array in _read(source, _array)]
     train, test = parts if len(parts) == 2 else _split(parts[0], test_fraction, source)
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
         raise DatasetError(
             f"{path}: `train` has examples {train.dtype} {list(train.shape[1:])}, `test` {test.dtype} "
             f"{list(test.shape[1:])}: give both the same"
         )
-    if len(train) < 2 or np.all(train[:1] == train):
+    if mask and np.isnan(train).all(axis=0).any():
+        dimension = np.argwhere(np.isnan(train).all(axis=0))[0].tolist()
+        raise DatasetError(f"{path}: dimension {dimension} is missing in all training examples: leave it out")
+    if len(train) < 2 or np.all(np.nanmin(train, axis=0) == np.nanmax(train, axis=0)):
         raise DatasetError(f"{path}: all of its {len(train)} training examples are the same: give examples that differ")
     return train, test
 
@@ -217,34 +222,41 @@ def _shape(shape: tuple[int, ...], dtype: np.dtype, source: Path) -> tuple[int, 
     raise DatasetError(f"{source} is {dtype} {list(shape)}: {fix}")
 
 
-def _examples(array: np.ndarray, source: Path) -> np.ndarray:
-    """The array as examples in storage form."""
+def _examples(array: np.ndarray, source: Path, mask: bool) -> np.ndarray:
+    """The array as examples in storage form, with NaN where values are missing if there is a `mask`."""
     shape = _shape(array.shape, array.dtype, source)
     values = array.reshape(len(array), *shape)
     if array.dtype.kind in "ub":
         return values.astype(np.uint8, copy=False)
-    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    missing = np.isnan(values).reshape(len(values), -1)
+    finite = (np.isfinite(values).reshape(len(values), -1) | (missing & mask)).all(axis=1)
     if not finite.all():
+        marks = "" if mask or np.isinf(values).any() else ", or, if NaN marks a missing value, give `mask`"
         raise DatasetError(
             f"{source}: {np.sum(~finite)} of {len(values)} examples have a value that is not finite, the first is "
-            f"{np.argmin(finite)}: leave them out"
+            f"{np.argmin(finite)}: leave them out{marks}"
         )
+    if missing.all(axis=1).any():
+        raise DatasetError(f"{source}: example {np.argmax(missing.all(axis=1))} has no value at all: leave it out")
+    if missing.all(axis=0).any():  # in all examples
+        raise DatasetError(f"{source}: dimension {np.argmax(missing.all(axis=0))} has no value at all: leave it out")
     if len(shape) == 3:
-        low, high = float(values.min()), float(values.max())
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
         if low < 0.0 or high > 1.0:
             raise DatasetError(f"{source}: its images have pixels from {low:g} to {high:g}: scale them to [0, 1]")
         return values.astype(np.float32, copy=False)
-    largest = np.abs(values).max(axis=0).astype(np.float64)
+    largest = np.nanmax(np.abs(values), axis=0).astype(np.float64)
     if largest.max() > LARGEST:
         raise DatasetError(f"{source}: has values up to {largest.max():.3g}, their squares overflow: give another unit")
     # Half a unit in the last place of float32, beside the variation that has to be modelled.
-    rounding, stddev = 2.0**-24 * largest, values.std(axis=0, dtype=np.float64)
+    rounding, stddev = 2.0**-24 * largest, np.nanstd(values, axis=0, dtype=np.float64)
     lost = (stddev > 0.0) & (stddev < 1e3 * rounding)
     if lost.any():
         dimension = int(np.argmax(lost))
+        average = np.nanmean(values[:, dimension], dtype=np.float64)
         raise DatasetError(
-            f"{source}: dimension {dimension} is {values[:, dimension].mean(dtype=np.float64):g} on average with a "
-            f"stddev of {stddev[dimension]:g}, of which float32 keeps too few digits: subtract the mean first"
+            f"{source}: dimension {dimension} is {average:g} on average with a stddev of {stddev[dimension]:g}, of "
+            "which float32 keeps too few digits: subtract the mean first"
         )
     return values.astype(np.float32, copy=False)
 

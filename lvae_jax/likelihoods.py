@@ -17,6 +17,7 @@ Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels 
 | `mixture()` | | three decoder outputs for each component, a logistic distribution, of each data dimension |
 | `discretised(head)` | | as the head's |
 | `rescaled(head)` | | as the head's, for data in other units |
+| `masked(head)` | | as the head's, for data with missing values |
 
 The log stddev of `fixed`, `learned_scalar`, `learned_map` and `optimal` lives in the head's parameters, so that one
 compiled program serves every sigma.
@@ -86,6 +87,9 @@ class Likelihood(NamedTuple):
       standardise: (params, outputs [B, *S, K], x [B, *S]) -> [B, *S], L^-1 (x - mean), where L L^T is the covariance of
         p(x|z): residuals whose covariance is the identity if x is drawn from it. None if the dimensions are
         uncorrelated given z; then it is (x - mean) / stddev.
+      log_each: (params, outputs [B, *S, K], x [B, *S]) -> [B, *S], each dimension's part of log_prob in nats, if the
+        dimensions are independent given z. `masked` needs it.
+      masked: whether a value of x may be NaN, which is one that is missing.
     """
 
     outputs: int
@@ -98,6 +102,8 @@ class Likelihood(NamedTuple):
     sample: Callable[[Key[Array, ""], Params, Float[Array, "B *S K"]], Float[Array, "B *S"]]
     log_mass: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"], Grid], Float[Array, "B *S"]] | None = None
     standardise: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
+    log_each: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
+    masked: bool = False
 
 
 def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
@@ -260,10 +266,9 @@ def mixture(
         gaps = means - mean(params, outputs)[..., None]
         return jnp.sqrt(jnp.sum(jnp.exp(log_weights) * (jnp.exp(2.0 * log_stddevs) + gaps**2), axis=-1))
 
-    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+    def log_each(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
         means, log_stddevs, log_weights = components(outputs)
-        each = jax.nn.logsumexp(log_weights + LOGISTIC.log_prob(x[..., None], means, log_stddevs), axis=-1)
-        return jnp.sum(each, axis=tuple(range(1, x.ndim)))
+        return jax.nn.logsumexp(log_weights + LOGISTIC.log_prob(x[..., None], means, log_stddevs), axis=-1)
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         means, log_stddevs, log_weights = components(outputs)
@@ -278,7 +283,9 @@ def mixture(
         means, log_stddevs, log_weights = components(outputs)
         return jax.nn.logsumexp(log_weights + _log_mass(LOGISTIC, k[..., None], means, log_stddevs, grid), axis=-1)
 
-    return Likelihood(3 * num_components, floor, dict, _unchanged, mean, stddev, log_prob, sample, log_mass)
+    return Likelihood(
+        3 * num_components, floor, dict, _unchanged, mean, stddev, _summed(log_each), sample, log_mass, None, log_each
+    )
 
 
 def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
@@ -357,13 +364,13 @@ def discretised(likelihood: Likelihood, *, levels: int = 256, dequantised: bool 
     def level(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
         return jnp.clip(jnp.floor(grid.scale * x - (grid.offset - 0.5)), 0.0, grid.last)
 
-    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
-        return jnp.sum(log_mass(params, outputs, level(x), grid), axis=tuple(range(1, x.ndim)))
+    def log_each(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+        return log_mass(params, outputs, level(x), grid)
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return (level(likelihood.sample(key, params, outputs)) + grid.offset) / grid.scale
 
-    return likelihood._replace(mean=mean, log_prob=log_prob, sample=sample)
+    return likelihood._replace(mean=mean, log_prob=_summed(log_each), sample=sample, log_each=log_each)
 
 
 def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float, scale: float) -> Likelihood:
@@ -374,10 +381,12 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
     The limits of learned sigmas, `LOG_STDDEV_RANGE`, suit data of about unit stddev; this makes them suit any.
 
     Raises:
-      ValueError: `scale` is not a positive number.
+      ValueError: `scale` is not a positive number, or the head is `masked`.
     """
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale must be a positive number, got {scale}")
+    if likelihood.masked:
+        raise ValueError("put masked round the rescaled head: values that are missing have no scale")
     middle = jnp.asarray(centre, jnp.float32)[None]
 
     def inner(x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
@@ -386,7 +395,7 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
         return likelihood.log_prob(params, outputs, inner(x)) - math.prod(x.shape[1:]) * math.log(scale)
 
-    standardise = likelihood.standardise
+    each, standardise = likelihood.log_each, likelihood.standardise
     return likelihood._replace(
         floor=scale * likelihood.floor,
         update=lambda params, step, mse: likelihood.update(params, step, mse / scale**2),
@@ -394,9 +403,36 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
         stddev=lambda params, outputs: scale * likelihood.stddev(params, outputs),
         log_prob=log_prob,
         sample=lambda key, params, outputs: middle + scale * likelihood.sample(key, params, outputs),
+        log_each=each and (lambda params, outputs, x: each(params, outputs, inner(x)) - math.log(scale)),
         log_mass=None,  # of grey levels, which other units do not have
         standardise=standardise and (lambda params, outputs, x: standardise(params, outputs, inner(x))),
     )
+
+
+def masked(likelihood: Likelihood) -> Likelihood:
+    """The head `likelihood` for data with missing values, which are NaN in x: log_prob leaves them out. It is the
+    marginal density, or probability, of the values that were observed, given z.
+
+    Put it round all other heads: `masked(discretised(head))`. `vae.masked` also gives an encoder such data.
+
+    >>> head = masked(fixed(0.1))
+    >>> outputs, x = jnp.zeros((2, 2, 1)), jnp.array([[0.0, jnp.nan], [0.0, 0.1]])
+    >>> head.log_prob(head.init(), outputs, x).round(3)
+    Array([1.384, 2.267], dtype=float32)
+
+    Raises:
+      ValueError: the head has no `log_each`.
+    """
+    each = likelihood.log_each
+    if each is None:
+        raise ValueError("this head has no log_each, the log density of each dimension: give it one")
+
+    def log_each(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+        missing = jnp.isnan(x)
+        # Filled before and after: the gradient of what is not taken must be finite as well.
+        return jnp.where(missing, 0.0, each(params, outputs, jnp.where(missing, likelihood.mean(params, outputs), x)))
+
+    return likelihood._replace(log_prob=_summed(log_each), log_each=log_each, log_mass=None, masked=True)
 
 
 HEADS: dict[str, Callable[..., Likelihood]] = {
@@ -438,14 +474,14 @@ def _elementwise(
     def stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return jnp.broadcast_to(jnp.exp(log_stddev(params, outputs)), outputs.shape[:-1])
 
-    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+    def log_each(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
         log_sigma, axes = log_stddev(params, outputs), tuple(range(1, x.ndim))
         each = family.log_prob(x, outputs[..., 0], log_sigma)
         if "balance" in params:
             weights = math.prod(x.shape[1:]) * jax.nn.softmax(2.0 * params["balance"] * log_sigma, axis=axes)
             extra = jax.lax.stop_gradient(weights - 1.0) * each
             each = each + (extra - jax.lax.stop_gradient(extra))  # adds 0, and the gradient of `extra`
-        return jnp.sum(each, axis=axes)
+        return each
 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return family.sample(key, outputs[..., 0], log_stddev(params, outputs))
@@ -455,7 +491,8 @@ def _elementwise(
     ) -> Float[Array, "B *S"]:
         return _log_mass(family, k, outputs[..., 0], log_stddev(params, outputs), grid)
 
-    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample, log_mass)
+    log_prob = _summed(log_each)
+    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample, log_mass, log_each=log_each)
 
 
 def _log_mass(family: Family, k: Array, mean: Array, log_stddev: Array, grid: Grid) -> Array:
@@ -466,6 +503,17 @@ def _log_mass(family: Family, k: Array, mean: Array, log_stddev: Array, grid: Gr
     # P(X > 254.5) = P(-X < -254.5): one cdf serves both ends.
     end = family.log_cdf(jnp.where(last, 0.5 - grid.last, 0.5), jnp.where(last, -centre, centre), log_width)
     return jnp.where(first | last, end, family.log_bin_mass(k, centre, log_width))
+
+
+def _summed(
+    log_each: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]],
+) -> Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, " B"]]:
+    """log_prob of dimensions that are independent given z."""
+
+    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+        return jnp.sum(log_each(params, outputs, x), axis=tuple(range(1, x.ndim)))
+
+    return log_prob
 
 
 def _last_level(levels: int) -> float:

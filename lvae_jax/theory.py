@@ -127,8 +127,8 @@ class Spread(NamedTuple):
 
 
 def spread(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Spread:
-    """The spread of the data in `chunks`, in their unit; arguments and errors are those of `principal_stddevs`. It takes once
-    more the memory for these numbers."""
+    """The spread of the data in `chunks`, in their unit; arguments and errors are those of `principal_stddevs`. It
+    takes once more the memory for these numbers."""
     size, mean, rows, scatter = _second_moments(chunks)
     squares = np.square(rows).sum(axis=0) if scatter is None else np.diagonal(scatter)
     stddevs = np.sqrt(squares / size)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lvae_jax import gaussians, likelihoods, networks, priors
 from lvae_jax.keys import as_threefry
@@ -45,7 +45,8 @@ class Terms(NamedTuple):
       mean: [B, *S], the mean of p(x|z): the reconstruction.
       stddev: [B, *S], the standard deviation of p(x|z).
       posterior_mean, posterior_log_stddev: [B, L], of q(z|x).
-      residual: [B, *S], the standardised residuals of x: `Likelihood.standardise`.
+      residual: [B, *S], the standardised residuals of x: `Likelihood.standardise`; 0 for values that are missing.
+      observed: [B, *S], whether a value of x is there; None if all are.
     """
 
     log_likelihood: Float[Array, " B"]
@@ -55,6 +56,7 @@ class Terms(NamedTuple):
     posterior_mean: Float[Array, "B L"]
     posterior_log_stddev: Float[Array, "B L"]
     residual: Float[Array, "B *S"]
+    observed: Bool[Array, "B *S"] | None = None
 
     @property
     def elbo(self) -> Float[Array, " B"]:
@@ -67,7 +69,7 @@ class Scores(NamedTuple):
 
     Attributes:
       elbo, log_likelihood, kl: in nats, as in `Terms`.
-      mse: squared error of the mean per dimension, in squared units of the data.
+      mse: squared error of the mean per dimension that was observed, in squared units of the data.
       sigma_min, sigma_mean, sigma_max: of p(x|z)'s stddev over the example's dimensions, in units of the data.
     """
 
@@ -126,9 +128,25 @@ def rescaled(vae: VAE, *, centre: Float[np.ndarray, "*S"] | float, scale: float)
     return vae._replace(encoder=vae.encoder._replace(apply=apply), likelihood=head)
 
 
+def masked(vae: VAE, *, fill: Float[np.ndarray, "*S"] | float = 0.0) -> VAE:
+    """The VAE of data with missing values, which are NaN in x: its bounds are on the log density of those that were
+    observed. The encoder sees `fill` in the place of the others, as Mattei and Frellsen (MIWAE, ICML 2019) have it;
+    `reconstruct` imputes them.
+
+    Raises:
+      ValueError: as `likelihoods.masked` says.
+    """
+    filling = jnp.asarray(fill, jnp.float32)[None]
+
+    def apply(params: Params, x: Float[Array, "B *S"], *condition: Array) -> tuple[Array, Array]:
+        return vae.encoder.apply(params, jnp.where(jnp.isnan(x), filling, x), *condition)
+
+    return vae._replace(encoder=vae.encoder._replace(apply=apply), likelihood=likelihoods.masked(vae.likelihood))
+
+
 def with_likelihood(vae: VAE, params: Params, likelihood: Likelihood) -> tuple[VAE, Params]:
     """The model under another head, at its initial values, with the parameters `params` of all other parts: a trained
-    model read at another sigma. `vae._replace` alone would leave the old head's sigma in force, which is in `params`.
+    model read at another sigma.
 
     >>> trained = mlp_vae((2,), likelihoods.fixed(0.5), latent_size=1)
     >>> params = init(jax.random.key(0), trained)
@@ -136,6 +154,8 @@ def with_likelihood(vae: VAE, params: Params, likelihood: Likelihood) -> tuple[V
     >>> _, stddev = reconstruct(vae, params, jnp.zeros((1, 2)))
     >>> [round(float(sigma), 3) for sigma in stddev[0]]
     [0.1, 0.1]
+
+    `vae._replace` alone would leave the old head's sigma in force, which is in `params`.
     """
     return vae._replace(likelihood=likelihood), params | {"likelihood": likelihood.init()}
 
@@ -198,15 +218,20 @@ def elbo(
     networks.check_data(x, outputs.shape[1:-1])
     head, head_params = vae.likelihood, params["likelihood"]
     means, stddevs = head.mean(head_params, outputs), head.stddev(head_params, outputs)
-    standardise = head.standardise
+    log_likelihood = head.log_prob(head_params, outputs, x)
+    standardise, observed = head.standardise, None
+    if head.masked:
+        observed = ~jnp.isnan(x)
+        x = jnp.where(observed, x, means)
     return Terms(
-        log_likelihood=head.log_prob(head_params, outputs, x),
+        log_likelihood=log_likelihood,
         kl=vae.prior.kl(_of_prior(params), mean, log_stddev, z),
         mean=means,
         stddev=stddevs,
         posterior_mean=mean,
         posterior_log_stddev=log_stddev,
         residual=(x - means) / stddevs if standardise is None else standardise(head_params, outputs, x),
+        observed=observed,
     )
 
 
@@ -218,7 +243,7 @@ def scores(terms: Terms, x: Float[Array, "B *S"]) -> Scores:
         elbo=terms.elbo,
         log_likelihood=terms.log_likelihood,
         kl=terms.kl,
-        mse=jnp.mean((x - terms.mean) ** 2, axis=axes),
+        mse=jnp.mean((x - terms.mean) ** 2, axis=axes, where=terms.observed),
         sigma_min=jnp.min(terms.stddev, axis=axes),
         sigma_mean=jnp.mean(terms.stddev, axis=axes),
         sigma_max=jnp.max(terms.stddev, axis=axes),

@@ -299,7 +299,7 @@ def test_images_from_files(photos, tmp_path):
         PIL.Image.fromarray(photo).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     sources = [str(tmp_path / name) for name in ("two.npy", "three.png", "four.JPG", "folder")]
-    read = generate.read_images(sources, (8, 8, 3))
+    read = generate.read_images(sources, datasets.Form((8, 8, 3), 256))
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read[[0, 1, 2, 4, 5]], photos[[0, 1, 2, 4, 5]])
     np.testing.assert_array_equal(read[3], np.asarray(PIL.Image.open(tmp_path / "four.JPG")))
@@ -307,7 +307,9 @@ def test_images_from_files(photos, tmp_path):
 
     grey = photos[0][..., :1]
     PIL.Image.fromarray(grey[..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(generate.read_images([str(tmp_path / "grey.png")], (8, 8, 1)), grey[None])
+    np.testing.assert_array_equal(
+        generate.read_images([str(tmp_path / "grey.png")], datasets.Form((8, 8, 1), 256)), grey[None]
+    )
 
 
 def test_points_from_a_file(toy, tmp_path, no_data):
@@ -416,7 +418,7 @@ def test_random_damage_of_files(photos, tmp_path):
             file = tmp_path / f"damaged{Path(name).suffix}"
             file.write_bytes(damaged.tobytes())
             with contextlib.suppress(command.UsageError):
-                assert generate.read_images([str(file)], (8, 8, 3)).shape[1:] == (8, 8, 3)
+                assert generate.read_images([str(file)], datasets.Form((8, 8, 3), 256)).shape[1:] == (8, 8, 3)
 
 
 @pytest.mark.parametrize(

@@ -487,7 +487,8 @@ def test_discretised_gradients_of_log_sigma_are_differences(make):
 def test_discretised_heads_keep_everything_else():
     head = likelihoods.learned_vector(0.3, floor=0.01)
     other = likelihoods.discretised(head)
-    assert other._replace(mean=head.mean, log_prob=head.log_prob, sample=head.sample) == head
+    own = {name: getattr(head, name) for name in ("mean", "log_prob", "sample", "log_each")}
+    assert other._replace(**own) == head
 
 
 @every_discretised

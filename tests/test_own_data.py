@@ -182,6 +182,93 @@ def test_survey_leaves_out_what_takes_long(monkeypatch):
     assert "experiments.critical_sigma computes it" in survey.text(found, (0.1,))
 
 
+GAPS = np.random.default_rng(3).random(DATA.shape) < 0.3
+GAPS[:, 0] &= ~GAPS.all(axis=1)
+
+
+def masked_run(folder, factor):
+    """A run of points with gaps: its ELBO, and the number of values of a test example, on average."""
+    np.save(folder / f"{factor}.npy", factor * np.where(GAPS, np.nan, DATA))
+    more = TINY | {"num_steps": 400, "num_importance_samples": 4}
+    config = sigma_sweep.configure(
+        dataset=str(folder / f"{factor}.npy"), sigma=(0.2 * factor,), variants=("f", "lv"), mask=True, **more
+    )
+    lines = []
+    return config, sigma_sweep.run(config, run_dir=str(folder / f"run{factor}"), echo=lines.append), "\n".join(lines)
+
+
+def test_missing_values_are_left_out_and_imputed(tmp_path):
+    config, summary, said = masked_run(tmp_path, 1.0)
+    _, scaled, _ = masked_run(tmp_path, 1e3)
+    data = datasets.load(config.dataset, mask=True)
+    observed = 3.0 * (1.0 - np.isnan(data.test).mean())
+    for one, other in zip(summary.members, scaled.members, strict=True):
+        assert other.elbo == pytest.approx(one.elbo - observed * np.log(1e3), abs=0.1)
+        assert one.importance_bound > one.elbo
+        assert one.sliced_wasserstein is None
+    assert f"{np.isnan(np.concatenate([data.train, data.test])).mean():.1%} of the values are missing" in said
+    assert "critical sigma: left out, it needs all values" in said
+    assert f"{summary.missing:.1%} of the test values are missing" in said
+    assert summary.rows[0].elbo_paper is None
+    assert (tmp_path / "run1.0" / "figures" / "elbo.png").exists()
+    lines = []
+    assert sigma_sweep.run(config, run_dir=str(tmp_path / "run1.0"), echo=lines.append) == summary
+    options = {"variants": ["lv"], "images": [config.dataset], "num_samples": 10}
+    generate.run(str(tmp_path / "run1.0"), out=str(tmp_path / "out"), **options, echo=lines.append)
+    arrays = np.load(tmp_path / "out" / "lv-seed0.npz")
+    assert np.isfinite(arrays["elbos"]).all()
+    error = (arrays["reconstructions"] - DATA)[GAPS]
+    spread = (DATA - DATA.mean(axis=0))[GAPS]
+    assert np.mean(error**2) < 0.5 * np.mean(spread**2), "closer than the mean of their dimension"
+
+
+@pytest.mark.parametrize(
+    ("change", "mask", "message"),
+    [
+        (lambda x: x, False, "the first is 1: leave them out, or, if NaN marks a missing value, give `mask`"),
+        (lambda x: np.where(np.arange(3) == 2, np.inf, x), True, "not finite, the first is 0: leave them out$"),
+        (lambda x: np.where(np.arange(10)[:, None] == 4, np.nan, x), True, "example 4 has no value at all: leave"),
+        (lambda x: np.where(np.arange(3) == 2, np.nan, x), True, "dimension 2 has no value at all: leave"),
+        (lambda x: np.where(np.isnan(x), x, 7.0), True, "are the same: give examples that differ"),
+    ],
+)
+def test_gaps_that_leave_nothing_to_learn_from_are_refused(change, mask, message, tmp_path):
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    x[1, 0] = np.nan
+    np.save(tmp_path / "x.npy", change(x))
+    with pytest.raises(datasets.DatasetError, match=message):
+        datasets.load(str(tmp_path / "x.npy"), mask=mask)
+
+
+def test_dimension_without_a_training_value_is_refused(tmp_path):
+    x = np.random.default_rng(0).normal(size=(10, 3))
+    np.savez(tmp_path / "x.npz", train=np.where(np.arange(3) == 2, np.nan, x), test=x)
+    with pytest.raises(datasets.DatasetError, match="dimension"):
+        datasets.load(str(tmp_path / "x.npz"), mask=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("toy", "`mask` is for files of your own"), ("grey.npy", "`mask` is for floats, .* holds grey levels")],
+)
+def test_data_without_gaps_take_no_mask(name, message, tmp_path):
+    np.save(tmp_path / "grey.npy", np.arange(160, dtype=np.uint8).reshape(10, 4, 4))
+    with pytest.raises(datasets.DatasetError, match=message):
+        datasets.load(str(tmp_path / name) if name.endswith("npy") else name, mask=True)
+
+
+@pytest.mark.slow
+def test_float_images_with_gaps(tmp_path):
+    x = np.random.default_rng(0).random((40, 8, 8)).astype(np.float32)
+    x[x > 0.9] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    tiny = TINY | {"widths": (4, 4), "num_steps": 3}
+    config = sigma_sweep.configure(dataset=str(tmp_path / "x.npy"), variants=("ls", "lv"), mask=True, **tiny)
+    summary = sigma_sweep.run(config, run_dir=str(tmp_path / "run"), echo=lambda line: None)
+    assert np.isfinite(summary.rows[0].elbo)
+    generate.run(str(tmp_path / "run"), images=[str(tmp_path / "x.npy")], num_samples=4)
+
+
 @pytest.mark.slow
 def test_a_folder_of_images_from_the_command_line(tmp_path):
     """Grey images of several sizes, with sub-folders: trained, reported again, and generated from."""

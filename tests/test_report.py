@@ -14,13 +14,13 @@ from experiments.programs import Pictures
 from experiments.results import Member, Row, Summary
 from experiments.variants import VARIANTS, Sigma
 from lvae_jax import diagnostics, figures, runs, toy
+from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
 
 RNG = np.random.default_rng(0)
 best_elbo = functools.cache(toy.best_elbo)  # takes a second
 LATENT_SIZE, STEPS = 2, (5, 10, 15)
 SHAPES = {"points": (2,), "density": (4, 4, 1), "dequantised": (4, 4, 1), "discretised": (4, 4, 1)}
-POINTS = {"kind": Kind.DENSITY, "levels": None}
 
 
 def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
@@ -48,7 +48,9 @@ def members(variant, *, sigma=0.1, num_seeds=3, first=0, **others):
 
 
 def as_row(kind):
-    return POINTS if kind == "points" else {"kind": Kind(kind), "levels": 256}
+    """Arguments of `report.row`."""
+    points = kind == "points"
+    return {"form": Form(SHAPES[kind], None if points else 256), "kind": Kind.DENSITY if points else Kind(kind)}
 
 
 def summarise(parts, *, kind="points", **others):
@@ -57,10 +59,10 @@ def summarise(parts, *, kind="points", **others):
     everyone = list(itertools.chain(*parts))
     return filled(
         Summary,
-        rows=[report.row(part, shape, **as_row(kind)) for part in report.by_row(everyone).values()],
+        rows=[report.row(part, **as_row(kind)) for part in report.by_row(everyone).values()],
         members=everyone,
         shape=list(shape),
-        levels=as_row(kind)["levels"],
+        levels=as_row(kind)["form"].levels,
         kind=kind,
         num_dimensions=int(np.prod(shape)),
         latent_size=LATENT_SIZE,
@@ -86,7 +88,7 @@ def toys(parts):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_row_is_the_mean_of_its_members(kind):
     part = members("ls", importance_bound=-1.0)
-    row = report.row(part, SHAPES[kind], **as_row(kind))
+    row = report.row(part, **as_row(kind))
     for name in ("elbo", "log_likelihood", "kl", "mse", "sigma", "sigma_max", "best_sigma", "active_units"):
         assert getattr(row, name) == pytest.approx(np.mean([getattr(member, name) for member in part]))
     assert row.elbo_sd == pytest.approx(np.std([member.elbo for member in part], ddof=1))
@@ -108,13 +110,13 @@ def test_row_is_the_mean_of_its_members(kind):
 
 
 def test_row_of_one_seed():
-    assert report.row(members("lv", num_seeds=1), (2,), **POINTS).elbo_sd == 0.0
+    assert report.row(members("lv", num_seeds=1), **as_row("points")).elbo_sd == 0.0
 
 
 def test_diagnosis_counts_seeds():
     def diagnosis(*findings):
         part = [members("ls", num_seeds=1, diagnosis=finding)[0] for finding in findings]
-        return report.row(part, (2,), **POINTS).diagnosis
+        return report.row(part, **as_row("points")).diagnosis
 
     collapsed = "posterior collapse: none of 2; sigma at its floor in 9% of the dimensions"
     low = [f"sigma at its floor in {part}% of the dimensions" for part in (7, 12)]
