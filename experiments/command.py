@@ -246,12 +246,13 @@ def run(
     table: Callable[[AnyResult], str],
     echo: Callable[[str], None],
     writes: Collection[str] = (),
+    late: Collection[str] = (),
 ) -> AnyResult:
     """The summary of the finished run of this config, a NamedTuple of all flags with their defaults, or else the one
     that it computes and writes now; echoed as a table either way.
 
     `prepare(run directory)` loads what the run needs, makes nothing there, and returns the function that computes.
-    `writes` is for `runs.find_run`.
+    `writes` and `late` are for `runs.find_run`.
 
     Raises:
       runs.RunError: the directory belongs to something else, another process writes there, or the summary is of another
@@ -260,7 +261,8 @@ def run(
     if jax.process_index() != 0:
         echo = _silent
     path = run_path(config, name, run_dir)
-    find = functools.partial(runs.find_run, path, config._asdict(), defaults=config._field_defaults, writes=writes)
+    options: dict[str, Any] = {"defaults": config._field_defaults, "writes": writes, "late": late}
+    find = functools.partial(runs.find_run, path, config._asdict(), **options)
     if find() is None:
         with runs.lock(path, make=False):  # held by another, it is refused before the data are loaded
             pass
@@ -269,9 +271,7 @@ def run(
             if find() is None:  # nor has another finished it in the meantime
                 runs.make_run(path, config._asdict())
                 summary = compute()
-                if not (path / "flags.json").exists():
-                    raise runs.RunError(f"{path} was emptied while its run was under way: delete it and start again")
-                runs.write_json(path / "summary.json", summary.to_json())
+                runs.finish(path, config._asdict(), summary.to_json())
                 echo(table(summary))
                 echo(f"metrics, checkpoints, figures and summary.json: {path}")
                 return summary

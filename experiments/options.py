@@ -76,6 +76,11 @@ def declared(config: Any) -> dict[str, tuple[Any, Option]]:
     return found
 
 
+def of_group(config: Any, group: str) -> list[str]:
+    """The names of the fields of a config class whose options stand in a group."""
+    return [name for name, (_, option) in declared(config).items() if option.group == group]
+
+
 def define(config: Any, groups: Sequence[str]) -> None:
     """Defines the flags of a config class, whose groups --help lists in this order."""
     as_float = functools.partial(flags.DEFINE, FloatParser(), serializer=flags.ArgumentSerializer())

@@ -69,9 +69,8 @@ def run(
         fix = "give a smaller network or --batch_size, or fewer --num_importance_samples or --num_seeds"
         return sizes.told(fix)(functools.partial(train_all, config, path, dataset, record, echo, pace))
 
-    return command.run(
-        config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, writes=["ls_sigma.npy"]
-    )
+    files: dict[str, Any] = {"writes": ["ls_sigma.npy"], "late": options.of_group(Config, sweep.EVALUATION)}
+    return command.run(config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, **files)
 
 
 def check(config: Config, **places: Any) -> None:

@@ -40,12 +40,21 @@ class RunError(Exception):
 
 
 def find_run(
-    path: Path, flags: Mapping[str, Any], *, defaults: Mapping[str, Any], writes: Collection[str] = ()
+    path: Path,
+    flags: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any],
+    writes: Collection[str] = (),
+    late: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The summary of the finished run in `path`; None if the run is unfinished, or if the directory is free for
     a new one: it may hold other files, as the log of a batch system, but none that a run writes.
 
-    `defaults` are for `read_flags`; `writes` are names of files and folders that the run has beside those above.
+    Args:
+      defaults: for `read_flags`.
+      writes: names of files and folders that the run has beside those above.
+      late: names of flags that matter only after training. A run is unfinished if it has another value of one of them;
+        but one that is finished does not lose what such a flag asked for if it is left out now.
 
     Raises:
       RunError: the directory holds files that a run writes and no run, or a run with other flags.
@@ -60,11 +69,13 @@ def find_run(
     except OSError as error:
         raise RunError(f"{path} cannot be used ({error.strerror}): give another `path`") from None
     recorded, asked = read_flags(path, defaults=defaults), json.loads(json.dumps(dict(flags)))
-    if recorded != asked:
-        names = sorted(name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name))
+    changed = {name for name in recorded.keys() | asked.keys() if recorded.get(name) != asked.get(name)}
+    finished = summary.exists()
+    names = sorted(changed - {name for name in late if not finished or asked[name] != defaults[name]})
+    if names:
         changes = ", ".join(f"{name} was {recorded.get(name)} and is {asked.get(name)}" for name in names)
         raise RunError(f"{path} belongs to a run with other flags ({changes}): give another `path`")
-    return read_json(summary) if summary.exists() else None
+    return read_json(summary) if finished and not changed else None
 
 
 @contextlib.contextmanager
@@ -113,20 +124,39 @@ def _lock(path: Path) -> int:
 
 
 def make_run(path: Path, flags: Mapping[str, Any]) -> None:
-    """Makes the run directory that `find_run` did not find. Several processes wait here for each other.
+    """Makes the run directory that `find_run` did not find; one that is there keeps its flags until `finish`. Several
+    processes wait here for each other.
 
     Raises:
       RunError: the directory cannot be written, or some processes do not see it.
     """
     file = path / "flags.json"
     try:
-        write_json(file, flags)
+        if not file.exists():
+            write_json(file, flags)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}): give another `path`") from None
     finally:
         multihost_utils.sync_global_devices(str(file))
     if not file.exists():
         raise RunError(f"{path} is not on a file system that all processes share: give a `path` that is")
+
+
+def finish(path: Path, flags: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Writes summary.json, which makes the run a finished one, and the flags that it has been made with.
+
+    Raises:
+      RunError: the run directory is no longer there.
+    """
+    if jax.process_index() != 0:
+        return
+    if not (path / "flags.json").exists():
+        raise RunError(f"{path} was emptied while its run was under way: delete it and start again")
+    if read_json(path / "flags.json") != json.loads(json.dumps(dict(flags))):
+        # In this order: a summary never stands beside flags that are not its own.
+        (path / "summary.json").unlink(missing_ok=True)
+        write_json(path / "flags.json", flags)
+    write_json(path / "summary.json", summary)
 
 
 def read_flags(path: Path, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
