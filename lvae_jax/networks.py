@@ -187,7 +187,7 @@ class _ResidualMLP(nn.Module):
         for _ in range(self.num_blocks):
             residual = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
             h = h + nn.Dense(self.width, kernel_init=_small, dtype=self.dtype)(nn.silu(residual))
-        return nn.Dense(self.features, kernel_init=_small)(nn.silu(h))
+        return nn.Dense(self.features, kernel_init=_small)(_full(nn.silu(h)))
 
 
 class _ResidualConvolutions(nn.Module):
@@ -214,7 +214,7 @@ class _ConvEncoder(nn.Module):
         for width in self.widths:
             h = nn.silu(nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype)(h))
         h = _ResidualConvolutions(self.num_blocks, self.dtype)(h)
-        return nn.Dense(self.features, kernel_init=_small)(nn.silu(h.reshape(h.shape[0], -1)))
+        return nn.Dense(self.features, kernel_init=_small)(_full(nn.silu(h.reshape(h.shape[0], -1))))
 
 
 class _ConvTranspose(nn.Module):
@@ -270,8 +270,13 @@ class _ConvDecoder(nn.Module):
         names = (f"ConvTranspose_{index}" for index in itertools.count())  # flax's, as the parameters are
         for (rows, columns), width in zip(sizes[-2:0:-1], self.widths[-2::-1], strict=True):
             h = _ConvTranspose(width, dtype=self.dtype, name=next(names))(nn.silu(h))[:, :rows, :columns]
-        h = _ConvTranspose(channels * self.outputs, kernel_init=_small, name=next(names))(nn.silu(h))
+        h = _ConvTranspose(channels * self.outputs, kernel_init=_small, name=next(names))(_full(nn.silu(h)))
         return h[:, : size[0], : size[1]].reshape(-1, *self.shape, self.outputs)
+
+
+def _full(h: Array) -> Array:
+    """The input of the last layer, in at least float32."""
+    return h.astype(jnp.float32) if jnp.finfo(h.dtype).bits < 32 else h
 
 
 def _encoder(module: nn.Module, shape: Sequence[int]) -> Encoder:

@@ -87,11 +87,11 @@ def band_widths(x: Float[Array, "B 2"]) -> Float[Array, " 3"]:
     u = nearest(x)
     distance = jnp.linalg.norm(x - curve(u), axis=-1)
     region = jnp.where(u < -1 / 3, 0, jnp.where(u < 1 / 3, 1, 2))
-    rank = jnp.arange(len(x))
+    rank = jnp.arange(len(x), dtype=x.dtype)
 
     def width(index: int) -> Float[Array, ""]:
         # Points of other regions come last. A NaN as their mark would stop a program under jax_debug_nans.
-        size = jnp.sum(region == index)
+        size = jnp.sum(region == index, dtype=x.dtype)
         ordered = jnp.sort(jnp.where(region == index, distance, jnp.inf))
         return jnp.interp(0.6827 * (size - 1), rank, jnp.where(rank < size, ordered, 0.0))
 

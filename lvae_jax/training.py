@@ -131,7 +131,9 @@ def train_step(
         scores = jax.lax.pmean(scores, axis_name)._replace(
             sigma_min=jax.lax.pmin(scores.sigma_min, axis_name), sigma_max=jax.lax.pmax(scores.sigma_max, axis_name)
         )
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    # Optax's own arithmetic mixes types, which a user's strict mode would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     # After the gradient step, so that the state holds the sigma in force at `step`, which checkpoints then keep.
