@@ -21,7 +21,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, hosts, loop, options, report, sizes, survey, sweep
+from experiments import command, hosts, initial, loop, options, report, sizes, survey, sweep
 from experiments.programs import Group, Programs
 from experiments.results import POINTS, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
@@ -52,9 +52,11 @@ def run(
       overwritten.
     """
     places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir, celeba_dir=celeba_dir)
-    config, source = config._replace(**command.paths(sigma_from=config.sigma_from)), config.dataset
+    folders = command.paths(sigma_from=config.sigma_from, init_from=config.init_from)
+    config, name_or_path = config._replace(**folders), config.dataset
     check(config, **places)
-    config = sweep.recorded(config)
+    source = initial.source(config)
+    config = initial.recorded(sweep.recorded(config), source)
     if celeba_dir is not None:
         config = config._replace(celeba_files=celeba.fingerprint(places["celeba_dir"]))
     name = f"{command.file_name(config.dataset)}_{'-'.join(config.variants)}"
@@ -62,12 +64,14 @@ def run(
 
     def prepare(path: Path) -> Callable[[], Summary]:
         record = imported_record(config, path)
-        dataset = hosts.in_turn(lambda: datasets.load(source, **data_options(config), **places))
+        dataset = hosts.in_turn(lambda: datasets.load(name_or_path, **data_options(config), **places))
         if dataset.train is not None and jax.process_index() == 0:
             echo(survey.text(survey.survey(dataset), config.sigma))
         sweep.check_memory(config, dataset.form)
         fix = "give a smaller network or --batch_size, or fewer --num_importance_samples or --num_seeds"
-        return sizes.told(fix)(functools.partial(train_all, config, path, dataset, record, echo, pace))
+        if source is not None:
+            initial.check_form(source, dataset.form)
+        return sizes.told(fix)(functools.partial(train_all, config, path, dataset, record, source, echo, pace))
 
     files: dict[str, Any] = {"writes": ["ls_sigma.npy"], "late": options.of_group(Config, sweep.EVALUATION)}
     return command.run(config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, **files)
@@ -178,6 +182,7 @@ def train_all(
     path: Path,
     dataset: datasets.Dataset,
     record: Record | None,
+    source: initial.Source | None,
     echo: Callable[[str], None],
     pace: loop.Pace,
 ) -> Summary:
@@ -185,6 +190,7 @@ def train_all(
     summary.
 
     `record` is sigma(t) of LS runs elsewhere; those of this sweep take its place, and are written to ls_sigma.npy.
+    `source` is a run with whose weights the models begin.
     """
     train = loop.place(dataset, pace)
     order = [variant for variant in VARIANTS if variant in config.variants]
@@ -207,6 +213,8 @@ def train_all(
             bar.set_description(VARIANTS[variant].title)
             begin = trained if VARIANTS[variant].after_leader else None
             groups = sweep.groups(config, variant, record, trained=begin)
+            if source is not None:
+                groups = initial.begin(source, variant, groups, dataset.form)
             errors = {member.seed: member.mse for member in members if member.variant == LEADER}
             done = train_variant(config, path, variant, groups, programs[variant], train, errors, bar, pace)
             if VARIANTS[variant].leads:

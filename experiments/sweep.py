@@ -208,6 +208,14 @@ class Config(NamedTuple):
             f"folder of a run whose LS-VAEs give {', '.join(FOLLOWERS)} their sigma, instead of this run's own",
         ),
     ] = None
+    init_from: Annotated[
+        str | None,
+        Option(
+            TRAINING,
+            "folder of a finished run whose models give those of the same variant, sigma and seed their first weights; "
+            "balance and warm_start are then 0 by default",
+        ),
+    ] = None
     num_importance_samples: Annotated[
         int,
         Option(
@@ -251,6 +259,7 @@ class Config(NamedTuple):
     celeba_files: str | None = None  # no flag: the command sees which images --celeba_dir holds
     own_files: str | None = None  # no flags: the command sees what --dataset=PATH holds,
     own_kind: str | None = None  # and of which kind, in `domains.OWN`, that is
+    init_results: str | None = None  # no flag: a digest of those of the run in --init_from
 
 
 def configure(**options: Any) -> Config:
@@ -276,7 +285,10 @@ def configure(**options: Any) -> Config:
     if given.get("dequantize"):
         defaults = defaults | {"discretise": False}
     values = defaults | given
-    return Config(**(PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS) | values)
+    learning = PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS
+    if "init_from" in given:  # these models are past their start
+        learning = dict.fromkeys(learning, 0.0)
+    return Config(**learning | values)
 
 
 def recorded(config: AnyConfig) -> AnyConfig:
@@ -324,6 +336,9 @@ def model(config: Config, variant: str, form: datasets.Form) -> Callable[[Any], 
     if config.warm_start:
         begin = round(config.warm_start * config.num_steps)
         head["ramp"] = optax.linear_schedule(0.0, 1.0, max(1, round(RAMP * config.num_steps)), begin)
+    elif config.init_from is not None:
+        # What a warm start learned is a parameter of the head that has a ramp.
+        head["ramp"] = optax.constant_schedule(1.0)
     return functools.partial(make_vae, variant, of_data, form, config.latent_size, **head, **network)
 
 
