@@ -273,13 +273,16 @@ def elbo_against_sigma(
             axis.axhspan(elbos.mean() - spread, elbos.mean() + spread, color=colours[title], alpha=0.15, linewidth=0)
     for title, elbos in reused[1].items():
         axis.plot(reused[0], elbos.T, color=colours[title], linewidth=0.6, alpha=0.5)
-    for marker, (title, (sigmas, elbos)) in zip(itertools.cycle(_MARKERS), points.items(), strict=False):
-        style: dict[str, Any] = {"markerfacecolor": "none", "markersize": 7, "markeredgewidth": 1.2, "linestyle": ""}
+    for index, (marker, (title, (sigmas, elbos))) in enumerate(zip(itertools.cycle(_MARKERS), points.items())):
+        # Where several have learned the same, each is seen: the first on top, the others around it.
+        style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.2, "linestyle": ""}
+        style |= {"markersize": 6.0 + 1.3 * index, "zorder": 3.0 - 0.01 * index}
         axis.plot(sigmas, elbos, marker, color=colours[title], label=title, **style)
     axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
     if limits.size:
         # No line joins them: the limit is concave between.
-        axis.plot(*limits, "_", color="black", markersize=12, label="best that any networks reach")
+        label = "best of any networks: what is missing\nthere is unavoidable at this sigma"
+        axis.plot(*limits, "_", color="black", markersize=12, label=label)
     if bound is not None:
         axis.axhline(bound, color="black", linestyle="--", linewidth=1.0, label="-H(x)")
     drawn = np.concatenate([*(elbos for _, elbos in points.values()), *lines.values()])

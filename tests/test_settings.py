@@ -79,9 +79,17 @@ def test_every_command_runs_to_its_end(setting, tmp_path):
     small = ["--num_seeds=1", "--num_blocks=1", f"--data_dir={tmp_path}/data", "--num_importance_samples=2"]
     digits = ["--dataset=digits", "--num_steps=2", "--widths=4,4", *small]
     commands = {
-        "toy": ["sigma_sweep", "--num_steps=2", "--widths=4", f"--variants={variants}", "--evidence", *small],
-        "digits": ["sigma_sweep", f"--variants={variants}", *digits],
-        "densities": ["sigma_sweep", "--density", "--variants=ls,lv", "--bfloat16", "--ema_decay=0.9", *digits],
+        "toy": [
+            "sigma_sweep",
+            "--num_steps=2",
+            "--widths=4",
+            "--latent_size=1",
+            f"--variants={variants}",
+            "--evidence",
+            *small,
+        ],
+        "digits": ["sigma_sweep", "--variants=ls,lv_star,mixture", *digits],
+        "densities": ["sigma_sweep", "--density", "--variants=lv", "--bfloat16", "--ema_decay=0.9", *digits],
         "dequantised": ["sigma_sweep", "--dequantize", "--flip", "--variants=ls", *digits],
         "critical": ["critical_sigma", "--dataset=digits"],
         "sphere": ["hypersphere", "--num_steps=2", "--num_seeds=1", "--dims=2,3", "--sigma=0.5,1.3"],
