@@ -94,7 +94,8 @@ def train_classifier(
         params, opt_state = state
         index = jax.random.randint(jax.random.fold_in(batch_key, step), (batch_size,), 0, len(images))
         gradients = jax.grad(loss)(params, datasets.to_float(images[index], levels=levels), labels[index])
-        updates, opt_state = optimizer.update(gradients, opt_state)
+        with jax.numpy_dtype_promotion("standard"):  # as `training.train_step`
+            updates, opt_state = optimizer.update(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
     params = network.init(init_key, jnp.zeros((1, *images.shape[1:])))

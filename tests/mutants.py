@@ -90,6 +90,7 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
     "samples_have_their_means_and_stddevs",
     "unknown_members_are_refused",
 )
+(LATE,) = _tests("initial", "options_of_the_evaluation_change_without_training")
 SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped", "bad_flags")
 ITS_OWN = "-m slow tests/test_quality.py::test_samples_come_from_their_member"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
@@ -100,7 +101,8 @@ SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_swee
 MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
-PROGRAMS = "experiments/programs.py"
+PROGRAMS, INITIAL = "experiments/programs.py", "experiments/initial.py"
+MASKED = "tests/test_masked.py"
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
@@ -125,7 +127,12 @@ MUTANTS = [
         "frozen_learns", "lvae_jax/networks.py", "return jax.lax.stop_gradient(network.apply(", "return (network.apply("
     ),
     Mutant("histogram_without_halves", "lvae_jax/evaluation.py", "(seen + 0.5) / (", "(seen + 1.0) / ("),
-    Mutant("correlation_is_covariance", THEORY, "scatter / np.outer(scales, scales)", "scatter / size"),
+    Mutant("correlation_is_covariance", THEORY, "scatter /= scales[:, None]", "scatter /= 1.0"),
+    Mutant("noise_by_any_generator", "lvae_jax/keys.py", "if str(jax.random.key_impl(keys)) == GENERATOR:", "if True:"),
+    Mutant("missing_values_count", LIKELIHOODS, "jnp.where(missing, 0.0, each(", "(each(", MASKED),
+    Mutant("error_of_missing_values", VAE, "where=terms.observed", "where=None", MASKED),
+    Mutant("old_sigma_in_force", VAE, '{"likelihood": likelihood.init()}', "{}"),
+    Mutant("evaluation_forgotten", RUNS, "or asked[name] != defaults[name]", "or True", LATE),
     Mutant(
         "fixed_sigma_learns",
         LIKELIHOODS,
@@ -213,6 +220,8 @@ MUTANTS = [
     Mutant("radius_of_noise", SPHERE, "x in (pictures.sample_means,", "x in (pictures.samples,", TRAINED_RADIUS),
     Mutant("last_images_dropped", CRITICAL, "(0, size, CHUNK,", "(0, size - CHUNK + 1, CHUNK,", FAKE_IMAGES),
     Mutant("run_of_any_files", CRITICAL, "config = config._replace(celeba", "config._replace(celeba", ITS_FILES),
+    Mutant("first_weights_for_all", INITIAL, "leaf[m.member]", "leaf[0]"),
+    Mutant("learned_sigma_anew", INITIAL, "if name not in SCHEDULED", "if name in SCHEDULED"),
     Mutant("first_member_for_all", GENERATE, "index=member.member: leaf", "index=0: leaf", WEIGHTS),
     Mutant("means_for_samples", GENERATE, 'arrays = {"samples": samples,', 'arrays = {"samples": means,', MOMENTS),
     Mutant("chunks_alike", QUALITY, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),

@@ -42,6 +42,7 @@ def test_more_steps_go_on_from_the_weights(first, tmp_path, monkeypatch):
     assert sweep.read_run(tmp_path / "more")[0].init_from == "first"
 
 
+@pytest.mark.slow
 def test_more_steps_improve(first, tmp_path):
     path, _, summary = first
     config = sigma_sweep.configure(init_from=str(path), variants=("lv",), **TINY | {"num_steps": 200})
