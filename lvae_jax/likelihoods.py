@@ -417,8 +417,8 @@ def masked(likelihood: Likelihood) -> Likelihood:
 
     >>> head = masked(fixed(0.1))
     >>> outputs, x = jnp.zeros((2, 2, 1)), jnp.array([[0.0, jnp.nan], [0.0, 0.1]])
-    >>> head.log_prob(head.init(), outputs, x).round(3)
-    Array([1.384, 2.267], dtype=float32)
+    >>> [round(float(log_prob), 3) for log_prob in head.log_prob(head.init(), outputs, x)]
+    [1.384, 2.267]
 
     Raises:
       ValueError: the head has no `log_each`.

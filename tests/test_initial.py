@@ -76,6 +76,7 @@ def test_resumed_run_needs_no_weights(first, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"latent_size": 3}, "made with --latent_size=2, give the same here"),
+        ({"gain": 0.5}, "made with --gain=1.0, give the same here"),
         ({"widths": (4,)}, "made with --widths=8, give the same here"),
         ({"num_seeds": 3}, "no model --variants=ls of --seed=2: ask for those that it has"),
         ({"variants": ("f",), "sigma": (0.3,)}, "no model --variants=f of --seed=0 at --sigma=0.3"),
