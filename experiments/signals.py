@@ -14,6 +14,7 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 REPEAT = 1.0  # seconds in which a signal may come twice: some senders address the process and its group
+MOMENT = 0.05  # seconds after which Python's callbacks, which are short, have ended
 
 _received: list[tuple[int, float]] = []  # numbers and times of the signals so far
 
@@ -39,18 +40,20 @@ def exit_at_once(name: str) -> None:
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
     """After this block, signals do what they did before it."""
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before, hook = {number: signal.getsignal(number) for number in ENDING}, sys.unraisablehook
     try:
         yield
     finally:
         _received.clear()
+        sys.unraisablehook = hook
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def raise_stopped(name: str) -> None:
-    """From now on, a signal raises `Stopped`, and another one, later, ends the process at once."""
+    """From now on, a signal raises `Stopped`, and another one, later, ends the process at once. One that comes where
+    Python drops exceptions comes again, a moment later."""
 
     def handler(number: int, frame: Any) -> None:
         first = not _received
@@ -59,7 +62,19 @@ def raise_stopped(name: str) -> None:
         if first:
             raise Stopped
 
+    hook = sys.unraisablehook
+
+    def unraisable(lost: Any) -> None:
+        # Python drops what is raised in a callback of its own, such as one of the garbage collector.
+        if isinstance(lost.exc_value, Stopped) and _received:
+            number = _received[0][0]
+            _received.clear()
+            threading.Timer(MOMENT, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(lost)
+
     _handle(handler)
+    sys.unraisablehook = unraisable
 
 
 def received() -> int | None:

@@ -1,5 +1,6 @@
 """Signals end a command in one line, and wait where state is kept first."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from experiments import signals
 
 @pytest.fixture(autouse=True)
 def clean():
-    before = {number: signal.getsignal(number) for number in signals.ENDING}
+    before, hook = {number: signal.getsignal(number) for number in signals.ENDING}, sys.unraisablehook
     yield
     signals._received.clear()
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -43,6 +45,26 @@ def test_deferred_signal_comes_at_the_end():
     with pytest.raises(KeyboardInterrupt):
         deferring(lambda asked: signal.raise_signal(signal.SIGINT))
     deferring(lambda asked: asked() and pytest.fail("it comes twice"))
+
+
+def test_signal_in_a_callback_of_the_garbage_collector_is_not_lost():
+    """Python drops what is raised there, and prints it."""
+    signals.raise_stopped("program")
+    sent = []
+
+    def callback(phase, info):
+        if phase == "start" and not sent:
+            sent.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+        with pytest.raises(signals.Stopped):
+            time.sleep(5.0)
+    finally:
+        gc.callbacks.remove(callback)
+    assert signals.received() == signal.SIGTERM
 
 
 def test_later_signal_does_not_wait(monkeypatch):
