@@ -95,12 +95,13 @@ def directions(num_dimensions: int) -> tuple[Column[Directions], ...]:
 def sweep_notes(summary: Summary) -> list[str]:
     """Sentences that explain the columns of `SWEEP`."""
     first, found = summary.rows[0], titles(SWEEP, summary.rows)
+    unit = summary.unit if summary.unit.startswith("unit ") else f"unit {summary.unit}"
     seeds = first.num_seeds
     spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     notes = [
         f"ELBO = log p(x|z) - KL, in nats, higher is better: {spread}, on {summary.num_test_examples} test "
         "examples. sigma: the final one, mean over seeds and, where it varies, over dimensions. best sigma: the root "
-        f"mean squared error, which is optimal for these reconstructions. Both in the unit {summary.unit}. active "
+        f"mean squared error, which is optimal for these reconstructions. Both in the {unit}. active "
         f"units: latent dimensions in use, out of {summary.latent_size}."
     ]
     if first.elbo_paper is not None:

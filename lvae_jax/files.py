@@ -231,7 +231,7 @@ def _examples(array: np.ndarray, source: Path, mask: bool) -> np.ndarray:
     missing = np.isnan(values).reshape(len(values), -1)
     finite = (np.isfinite(values).reshape(len(values), -1) | (missing & mask)).all(axis=1)
     if not finite.all():
-        marks = "" if mask or np.isinf(values).any() else ", or, if NaN marks a missing value, give `mask`"
+        marks = "" if mask or np.isinf(values).any() else ", or, if NaN marks a missing value, train with `mask`"
         raise DatasetError(
             f"{source}: {np.sum(~finite)} of {len(values)} examples have a value that is not finite, the first is "
             f"{np.argmin(finite)}: leave them out{marks}"

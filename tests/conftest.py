@@ -165,3 +165,10 @@ def toy_run(tmp_path_factory):
 
     folder = once(tmp_path_factory, "toy_run", make)
     return Run(folder / "run", words, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def arrays_in(file):
+    """The arrays in a .npz file, by name. The file is closed: one left open is a warning, and so a failure, of the test
+    that runs when it is collected."""
+    with np.load(file) as arrays:
+        return dict(arrays)

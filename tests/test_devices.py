@@ -174,7 +174,8 @@ def metrics(folder, name):
 
 
 def arrays(folder, name, process=0):
-    return dict(np.load(folder / f"{name}-{process}.npz"))
+    with np.load(folder / f"{name}-{process}.npz") as file:
+        return dict(file)
 
 
 def assert_same_training(folder, one, name):

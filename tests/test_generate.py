@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.stats
-from conftest import call, run_command
+from conftest import arrays_in, call, run_command
 
 from experiments import command, generate, loop, sigma_sweep, sweep
 from experiments.programs import Programs
@@ -96,7 +96,7 @@ def test_images_by_trained_weights(image_run, photos, tmp_path):
     np.save(tmp_path / "photos.npy", photos)
     run(image_run, out=str(tmp_path / "out"), seeds=[1], images=[str(tmp_path / "photos.npy")], num_samples=5)
     member = members_of(image_run, seed=1)[0]
-    arrays = np.load(tmp_path / "out" / f"{generate.file_name(member)}.npz")
+    arrays = arrays_in(tmp_path / "out" / f"{generate.file_name(member)}.npz")
     params, vae = restored(image_run, member)
     x = datasets.to_float(photos)
     np.testing.assert_array_equal(arrays["images"], x)
@@ -135,7 +135,7 @@ def test_command(image_run, photos, tmp_path):
     assert (record["unit"], record["shape"], record["key_seed"]) == ("pixel on [0, 1]", [8, 8, 3], 5)
     titles = [f"LV-VAE, sigma = {member.sigma:.3g}, seed {member.seed}" for member in members_of(image_run)]
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == titles
-    arrays = np.load(tmp_path / "out" / "lv-seed1.npz")
+    arrays = arrays_in(tmp_path / "out" / "lv-seed1.npz")
     assert arrays["samples"].shape == (10, 8, 8, 3)
     assert arrays["interpolations"].shape == (1, 8, 8, 8, 3)
     np.testing.assert_array_equal(arrays["images"], np.asarray(datasets.to_float(photos[:2])))
@@ -146,7 +146,7 @@ def test_command(image_run, photos, tmp_path):
 def test_toy_samples_by_trained_weights(toy, tmp_path, variant):
     member = members_of(toy, variant=variant, seed=4)[-1]  # not the first of its group
     run(toy, out=str(tmp_path), variants=[variant], seeds=[4], num_samples=50, key_seed=7)
-    arrays = np.load(tmp_path / f"{generate.file_name(member)}.npz")
+    arrays = arrays_in(tmp_path / f"{generate.file_name(member)}.npz")
     params, vae = restored(toy, member)
     key = jax.random.split(jax.random.key(7))[0]
     expected = jax.jit(functools.partial(vae_lib.generate, vae=vae, num_samples=50))(key, params=params)
@@ -191,7 +191,7 @@ def test_default_is_first_seed_of_every_row(toy, by_default):
 
 def test_sigma_is_that_of_the_member(toy, by_default):
     record = np.load(toy / "ls_sigma.npy")
-    stddevs = {name: np.load(toy / "generated" / f"{name}.npz")["stddevs"] for name in by_default.files}
+    stddevs = {name: arrays_in(toy / "generated" / f"{name}.npz")["stddevs"] for name in by_default.files}
     for name, sigma in {
         "f-1.0-seed3": 1.0,
         "f-0.1-seed3": 0.1,
@@ -209,14 +209,14 @@ def test_ls_sigma_need_not_be_there(toy, tmp_path, no_data):
     sigma = np.load(toy / "ls_sigma.npy")[1, -1]
     run(copy, variants=["f_star", "replay"], seeds=[4], num_samples=3)
     for variant in ("f_star", "replay"):
-        np.testing.assert_allclose(np.load(copy / "generated" / f"{variant}-seed4.npz")["stddevs"], sigma, rtol=1e-6)
+        np.testing.assert_allclose(arrays_in(copy / "generated" / f"{variant}-seed4.npz")["stddevs"], sigma, rtol=1e-6)
 
 
 def test_samples_have_their_means_and_stddevs(toy, tmp_path, no_data):
     run(toy, out=str(tmp_path), variants=["f", "lv"], num_samples=3000)
     noises = []
     for name in ("f-1.0-seed3", "f-0.1-seed3", "lv-seed3"):
-        arrays = np.load(tmp_path / f"{name}.npz")
+        arrays = arrays_in(tmp_path / f"{name}.npz")
         noises.append((arrays["samples"] - arrays["means"]) / arrays["stddevs"])
         assert scipy.stats.kstest(noises[-1].ravel(), "norm").pvalue > 0.01
         assert len(np.unique(arrays["means"], axis=0)) > 2900, "a z of its own for each"
@@ -231,7 +231,7 @@ def test_same_command_writes_same_bytes(toy, tmp_path, no_data):
     run(toy, **options)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     run(toy, **options | {"out": str(tmp_path / "other"), "key_seed": 1})
-    first, other = (np.load(folder / "lv-seed3.npz")["means"] for folder in (tmp_path, tmp_path / "other"))
+    first, other = (arrays_in(folder / "lv-seed3.npz")["means"] for folder in (tmp_path, tmp_path / "other"))
     assert not np.isin(first, other).any()
 
 
@@ -264,7 +264,7 @@ def test_scores_of_images(image_run, photos, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, photos[:1].shape, np.uint8)
     np.save(tmp_path / "photos.npy", np.concatenate([photos, noise]))
     run(image_run, out=str(tmp_path / "out"), images=[str(tmp_path / "photos.npy")], num_samples=1)
-    arrays = np.load(tmp_path / "out" / "lv-seed0.npz")
+    arrays = arrays_in(tmp_path / "out" / "lv-seed0.npz")
     params, vae = restored(image_run, members_of(image_run, seed=0)[0])
     x = jnp.asarray(arrays["images"])
     mean, log_stddev = jax.jit(functools.partial(vae_lib.encode, vae))(params, x)
@@ -316,7 +316,7 @@ def test_points_from_a_file(toy, tmp_path, no_data):
     points = np.random.default_rng(0).normal(size=(30, 2))
     np.save(tmp_path / "points.npy", points)
     run(toy, out=str(tmp_path / "out"), variants=["lv"], images=[str(tmp_path / "points.npy")])
-    arrays = np.load(tmp_path / "out" / "lv-seed3.npz")
+    arrays = arrays_in(tmp_path / "out" / "lv-seed3.npz")
     np.testing.assert_array_equal(arrays["images"], points.astype(np.float32))
     assert arrays["reconstructions"].shape == (30, 2)
     np.testing.assert_allclose(arrays["interpolations"][:, 0], arrays["reconstructions"][:8], atol=1e-5)
@@ -562,7 +562,7 @@ def test_interrupted_command(toy, tmp_path, monkeypatch, no_data):
     assert not (tmp_path / "lv-seed3.npz").exists()
     monkeypatch.setattr(np, "savez", whole)
     run(toy, **options)
-    assert np.load(tmp_path / "lv-seed3.npz")["samples"].shape == (5, 2)
+    assert arrays_in(tmp_path / "lv-seed3.npz")["samples"].shape == (5, 2)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import scipy.stats
+from conftest import arrays_in
 
 import lvae_jax as lv
 from experiments import command, critical_sigma, generate, sigma_sweep, survey
@@ -127,7 +128,7 @@ def test_learned_sigmas_start_at_the_scale_of_the_data(sweeps):
 def test_a_run_of_own_points_generates_in_its_unit(sweeps, tmp_path):
     folder, _, summary, _ = sweeps[1e3]
     generate.run(str(folder / "run"), out=str(tmp_path / "out"), num_samples=500, images=[str(folder / "points.npy")])
-    arrays = np.load(tmp_path / "out" / "lv-seed0.npz")
+    arrays = arrays_in(tmp_path / "out" / "lv-seed0.npz")
     assert arrays["samples"].shape == (500, 3)
     np.testing.assert_allclose(arrays["samples"].mean(axis=0), 1e3 * DATA.mean(axis=0), atol=0.3 * summary.scale)
     error = np.sqrt(np.mean((arrays["reconstructions"] - 1e3 * DATA) ** 2))
@@ -209,13 +210,14 @@ def test_missing_values_are_left_out_and_imputed(tmp_path):
     assert f"{np.isnan(np.concatenate([data.train, data.test])).mean():.1%} of the values are missing" in said
     assert "critical sigma: left out, it needs all values" in said
     assert f"{summary.missing:.1%} of the test values are missing" in said
+    assert "Both in the unit of the data." in " ".join(said.split())
     assert summary.rows[0].elbo_paper is None
     assert (tmp_path / "run1.0" / "figures" / "elbo.png").exists()
     lines = []
     assert sigma_sweep.run(config, run_dir=str(tmp_path / "run1.0"), echo=lines.append) == summary
     options = {"variants": ["lv"], "images": [config.dataset], "num_samples": 10}
     generate.run(str(tmp_path / "run1.0"), out=str(tmp_path / "out"), **options, echo=lines.append)
-    arrays = np.load(tmp_path / "out" / "lv-seed0.npz")
+    arrays = arrays_in(tmp_path / "out" / "lv-seed0.npz")
     assert np.isfinite(arrays["elbos"]).all()
     error = (arrays["reconstructions"] - DATA)[GAPS]
     spread = (DATA - DATA.mean(axis=0))[GAPS]
@@ -225,7 +227,7 @@ def test_missing_values_are_left_out_and_imputed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "mask", "message"),
     [
-        (lambda x: x, False, "the first is 1: leave them out, or, if NaN marks a missing value, give `mask`"),
+        (lambda x: x, False, "the first is 1: leave them out, or, if NaN marks a missing value, train with `mask`"),
         (lambda x: np.where(np.arange(3) == 2, np.inf, x), True, "not finite, the first is 0: leave them out$"),
         (lambda x: np.where(np.arange(10)[:, None] == 4, np.nan, x), True, "example 4 has no value at all: leave"),
         (lambda x: np.where(np.arange(3) == 2, np.nan, x), True, "dimension 2 has no value at all: leave"),
