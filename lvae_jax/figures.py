@@ -60,7 +60,9 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     for axis in pairs[len(panels) - 1]:  # nothing is below these
         axis.tick_params(labelbottom=True)
     # The data set the frame: samples of a large sigma lie far outside, and would shrink all others.
-    low, high = np.nanmin(panels[0].data, axis=0), np.nanmax(panels[0].data, axis=0)
+    whole = panels[0].data[~np.isnan(panels[0].data).any(axis=1)]
+    framed = whole if len(whole) else panels[0].reconstructions
+    low, high = framed.min(axis=0), framed.max(axis=0)
     margin = 0.25 * (high - low).max()
     axes[0, 0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
     for axis in axes[0]:
@@ -70,8 +72,10 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 
 def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
-    """`plane_panels` of points of any dimension, by `in_plane` of the data."""
-    project = in_plane(panels[0].data)
+    """`plane_panels` of points of any dimension, by `in_plane` of the data; of the reconstructions, where data are
+    missing. Points with a missing value, NaN, are not shown."""
+    first = panels[0]
+    project = in_plane(first.reconstructions if np.isnan(first.data).any() else first.data)
     flat = [
         panel._replace(
             data=project(panel.data),
@@ -86,19 +90,14 @@ def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 def in_plane(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function [B, D] -> [B, 2] that shows points of D dimensions in the plane: along the two directions in which
-    `points` [N, D] vary most; those of a line in their order, one above the other. In more than
-    two dimensions NaN, a value that is missing, is shown as the mean."""
+    `points` [N, D] vary most; those of a line in their order, one above the other."""
     if points.shape[-1] == 1:
         return lambda x: np.column_stack([x, np.linspace(0.0, np.ptp(points), len(x))])
     if points.shape[-1] == 2:
         return lambda x: x
-    centre = np.nanmean(points, axis=0)
-
-    def centred(x: np.ndarray) -> np.ndarray:
-        return np.where(np.isnan(x), 0.0, x - centre)
-
-    directions = np.linalg.svd(centred(points), full_matrices=False)[2][:2]
-    return lambda x: centred(x) @ directions.T
+    centre = points.mean(axis=0)
+    directions = np.linalg.svd(points - centre, full_matrices=False)[2][:2]
+    return lambda x: (x - centre) @ directions.T
 
 
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
@@ -278,7 +277,8 @@ def elbo_against_sigma(
         style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.2, "linestyle": ""}
         style |= {"markersize": 6.0 + 1.3 * index, "zorder": 3.0 - 0.01 * index}
         axis.plot(sigmas, elbos, marker, color=colours[title], label=title, **style)
-    axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
+    if reused[1]:
+        axis.plot([], [], color="grey", linewidth=0.6, label="the same model at another sigma")
     if limits.size:
         # No line joins them: the limit is concave between.
         label = "best of any networks: what is missing\nthere is unavoidable at this sigma"

@@ -176,6 +176,18 @@ def test_model_has_one_colour_in_all_figures():
             assert line(figure.axes[-1], title).get_color() == colours[title]
 
 
+def test_points_with_missing_values_are_not_shown():
+    """A point with the mean in their place was never measured: such points would make a cross."""
+    x = RNG.normal(size=(40, 4))
+    panel = figures.Panel("LS-VAE", np.where(RNG.random((40, 4)) < 0.2, np.nan, x), x, np.ones_like(x), x, x)
+    for data in (panel.data, np.full_like(x, np.nan)):
+        figure = figures.point_panels([panel._replace(data=data)], unit="unit of the data")
+        render(figure)
+        drawn = np.ma.filled(figure.axes[0].collections[0].get_offsets(), np.nan)
+        np.testing.assert_array_equal(np.isnan(drawn).any(axis=1), np.isnan(data).any(axis=1))
+        assert np.isfinite(figure.axes[0].get_xlim()).all()
+
+
 def test_dots_in_one_place_are_all_seen():
     place = (np.array([0.1]), np.array([-1.0]))
     figure = figures.elbo_against_sigma(
