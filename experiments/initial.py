@@ -1,7 +1,7 @@
 """The weights of a finished run, with which the models of another begin."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,4 @@ def begin(source: Source, variant: str, groups: Sequence[Group], form: datasets.
             head = head | {name: taken["likelihood"].get(name, head[name]) for name in head if name not in SCHEDULED}
         return taken | {"likelihood": head}
 
-    def of_group(group: Group) -> Callable[[vae_lib.Params], vae_lib.Params]:
-        return functools.partial(weights, group)
-
-    return [group._replace(begin=of_group(group)) for group in groups]
+    return [group._replace(begin=functools.partial(weights, group)) for group in groups]

@@ -142,11 +142,13 @@ def load(
         train, test = celeba.images(celeba_dir, image_size=image_size, cache_dir=images.data_folder(data_dir))
     else:
         train, test = images.tfds_images(name, image_size=image_size, data_dir=data_dir, manual_dir=manual_dir)
-    if train.ndim == 2:
-        return point_dataset(train, test)._replace(masked=mask)
     if train.dtype == np.uint8:
         train, test, levels = _with_levels(train, test, levels)
-    return image_dataset(train, test, levels=levels, flip=flip, dequantized=dequantize)._replace(masked=mask)
+    if train.ndim == 2:
+        dataset = point_dataset(train, test)
+    else:
+        dataset = image_dataset(train, test, levels=levels, flip=flip, dequantized=dequantize)
+    return dataset._replace(masked=mask)
 
 
 def labels(
@@ -196,7 +198,6 @@ def check(
         "`dequantize`": dequantize,
         "`fake_data`": fake_data,
         "`manual_dir`": manual_dir is not None,
-        "`mask`": mask,
     }
     for argument in ("`image_size`", "`celeba_dir`"):
         if asked[argument] and not of_celeba and not (is_path and argument == "`image_size`"):

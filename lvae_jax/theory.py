@@ -150,7 +150,7 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
 
     Args:
       chunks: the N examples in parts, each read once, of D dimensions each. Memory holds min(N, D) x D float64 numbers
-        and as many examples as they came.
+        and, in the type that they came in, at most D examples and a chunk.
 
     Returns:
       R = min(N, D) values; all others are 0.
@@ -163,7 +163,7 @@ def principal_stddevs(chunks: Iterable[Float[np.ndarray, "B *S"]]) -> Float[np.n
 
 
 def _principal_stddevs(size: int, rows: np.ndarray, scatter: np.ndarray | None) -> Float[np.ndarray, " R"]:
-    """Of what `_second_moments` gives, which it overwrites."""
+    """The principal stddevs, given what `_second_moments` returns, which is overwritten."""
     import scipy.linalg  # here, so that the library's import need not wait for it
 
     if scatter is None:

@@ -1,5 +1,6 @@
-"""JAX's global settings, that users turn on for programs of their own: strict types, 64 bits, and the check for NaN."""
+"""JAX's settings that users turn on for programs of their own: strict types, 64 bits, and the check for NaN."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -24,11 +25,18 @@ HEADS = {name: make(0.3) for name, make in lv.HEADS.items()} | {
     "rescaled": likelihoods.rescaled(lv.optimal(), centre=np.zeros(3), scale=2.0),
     "masked": lv.masked(lv.learned_scalar()),
 }
+SETTINGS = {
+    "strict types": functools.partial(jax.numpy_dtype_promotion, "strict"),
+    "64 bits": functools.partial(jax.enable_x64, True),
+    "check for NaN": functools.partial(jax.debug_nans, True),
+}
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_trains_under_strict_types(name):
-    with jax.numpy_dtype_promotion("strict"):
+def test_every_head_trains(name, setting):
+    """With one trace, and no change of a type."""
+    with SETTINGS[setting]():
         vae = lv.mlp_vae((3,), HEADS[name], latent_size=1, width=4, num_blocks=0)
         optimizer, traces = lv.optimizer(10, warmup_steps=2), []
 
