@@ -12,7 +12,7 @@ that have to be imported by name do: `devices.Layout.map` is `jax.jit` or `jax.p
 `datasets` shows its progress while it downloads or prepares images.)
 """
 
-from lvae_jax import theory
+from lvae_jax import priors, theory
 from lvae_jax.datasets import dequantize
 from lvae_jax.keys import example_keys
 from lvae_jax.likelihoods import (
@@ -49,6 +49,7 @@ from lvae_jax.vae import (
     scores,
     summary,
     with_likelihood,
+    with_prior,
 )
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "mlp_vae",
     "optimal",
     "optimizer",
+    "priors",
     "quantisation_noise",
     "reconstruct",
     "replay",
@@ -97,4 +99,5 @@ __all__ = [
     "train_step",
     "train_steps",
     "with_likelihood",
+    "with_prior",
 ]

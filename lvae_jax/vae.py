@@ -160,6 +160,23 @@ def with_likelihood(vae: VAE, params: Params, likelihood: Likelihood) -> tuple[V
     return vae._replace(likelihood=likelihood), params | {"likelihood": likelihood.init()}
 
 
+def with_prior(vae: VAE, params: Params, prior: Prior, prior_params: Params) -> tuple[VAE, Params]:
+    """The model under another prior with these parameters, all other parts unchanged: a second stage.
+
+    >>> trained = mlp_vae((2,), likelihoods.fixed(0.5), latent_size=3)
+    >>> params = init(jax.random.key(0), trained)
+    >>> mean, log_stddev = encode(trained, params, jax.random.normal(jax.random.key(1), (100, 2)))
+    >>> fitted = priors.fit_gaussian(np.asarray(mean), np.asarray(log_stddev))
+    >>> vae, params = with_prior(trained, params, priors.gaussian(3), fitted)
+    >>> sample_prior(jax.random.key(2), vae, params, num_samples=5).shape
+    (5, 3)
+
+    A prior without parameters takes {}.
+    """
+    rest = {name: value for name, value in params.items() if name != "prior"}
+    return vae._replace(prior=prior), rest | ({"prior": prior_params} if prior_params else {})
+
+
 def init(key: Key[Array, ""], vae: VAE) -> Params:
     """Initial parameters of all parts, a dict as `VAE` says."""
     encoder_key, decoder_key = jax.random.split(key)

@@ -95,7 +95,7 @@ SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped", "bad_flags")
 ITS_OWN = "-m slow tests/test_quality.py::test_samples_come_from_their_member"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
-VAE, TOY, RUNS, NETWORKS = (f"lvae_jax/{name}.py" for name in ("vae", "toy", "runs", "networks"))
+VAE, PRIORS, TOY, RUNS, NETWORKS = (f"lvae_jax/{n}.py" for n in ("vae", "priors", "toy", "runs", "networks"))
 BESSEL, THEORY, CELEBA, DIAGNOSTICS = (f"lvae_jax/{n}.py" for n in ("bessel", "theory", "celeba", "diagnostics"))
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
 MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
@@ -155,11 +155,17 @@ MUTANTS = [
     Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,", NETWORK_TESTS),
     Mutant(
         "kl_averaged",
-        "lvae_jax/priors.py",
+        PRIORS,
         "return jnp.sum(gaussians.kl",
         "return jnp.mean(gaussians.kl",
         "tests/test_vae.py",
     ),
+    Mutant("volume_sign", PRIORS, "log_volume - jnp.sum(log_scale", "log_volume + jnp.sum(log_scale"),
+    Mutant("weights_unnormalised", PRIORS, 'jax.nn.log_softmax(params["log_weight"])', 'params["log_weight"]'),
+    Mutant("posterior_without_width", PRIORS, "(between + np.diag(within))[None]", "between[None]"),
+    Mutant("one_component_drawn", PRIORS, "jnp.take_along_axis(turned, k[None, :, None], axis=0)[0]", "turned[0]"),
+    Mutant("sampled_kl_sign", PRIORS, "return to_standard + (", "return to_standard - ("),
+    Mutant("flow_begins_elsewhere", PRIORS, "kernel_init=nn.initializers.zeros", "kernel_init=nn.initializers.ones"),
     Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
     Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
     Mutant("beta_ignored", TRAINING, "jnp.mean(weight * terms.kl", "jnp.mean(terms.kl", BETA),

@@ -41,7 +41,8 @@ LEVELS = [
 ]
 # The files that know a package.
 OWNERS = {
-    "flax": {"networks"},
+    "flax": {"networks", "priors"},
+    "sklearn": {"images", "priors"},
     "orbax": {"runs"},
     "matplotlib": {"figures"},
     "tensorflow_datasets": {"images"},
