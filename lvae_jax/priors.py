@@ -11,7 +11,7 @@ E_q(z) log p2(z) - E_q(z) log N(z; 0, I). No prior saves the rest of the KL, whi
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -46,8 +46,7 @@ def standard_normal() -> Prior:
     """N(0, I), with the KL in closed form."""
 
     def log_prob(params: Params, z: Float[Array, "B L"]) -> Float[Array, " B"]:
-        # Scalars broadcast: no array of zeros is made.
-        return jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1)
+        return _standard_log_prob(z)
 
     def kl(
         params: Params, mean: Float[Array, "B L"], log_stddev: Float[Array, "B L"], z: Float[Array, "B L"]
@@ -69,7 +68,7 @@ def sampled_kl(
     # log q(z) - log p(z) has the same mean, but the noise of log q(z), too: that of half a chi squared of L degrees.
     to_standard = jnp.sum(gaussians.kl_to_standard(mean, log_stddev), axis=-1)
     # The brackets keep the bits of the closed form where p is N(0, I).
-    return to_standard + (jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1) - log_prior)
+    return to_standard + (_standard_log_prob(z) - log_prior)
 
 
 def gaussian(latent_size: int) -> Prior:
@@ -124,11 +123,6 @@ def mixture(latent_size: int, num_components: int) -> Prior:
         log_weight = jax.nn.log_softmax(params["log_weight"])
         return jax.nn.logsumexp(log_weight[:, None] + _component_log_prob(params, z), axis=0)
 
-    def kl(
-        params: Params, mean: Float[Array, "B L"], log_stddev: Float[Array, "B L"], z: Float[Array, "B L"]
-    ) -> Float[Array, " B"]:
-        return sampled_kl(log_prob(params, z), mean, log_stddev, z)
-
     def sample(key: Key[Array, ""], params: Params, shape: tuple[int, int]) -> Float[Array, "B L"]:
         component_key, noise_key = jax.random.split(key)
         k = jax.random.categorical(component_key, params["log_weight"], shape=shape[:1])
@@ -137,7 +131,7 @@ def mixture(latent_size: int, num_components: int) -> Prior:
         turned = jnp.einsum("kij,bj->kbi", _factor(params), noise)
         return params["mean"][k] + jnp.take_along_axis(turned, k[None, :, None], axis=0)[0]
 
-    return Prior(init, log_prob, kl, sample)
+    return Prior(init, log_prob, _by_draws(log_prob), sample)
 
 
 def flow(latent_size: int, *, num_layers: int = 8, width: int = 128) -> Prior:
@@ -150,17 +144,12 @@ def flow(latent_size: int, *, num_layers: int = 8, width: int = 128) -> Prior:
 
     def log_prob(params: Params, z: Float[Array, "B L"]) -> Float[Array, " B"]:
         noise, log_volume = layers.to_noise(params, z)
-        return jnp.sum(gaussians.log_prob(noise, jnp.zeros(()), jnp.zeros(())), axis=-1) + log_volume
-
-    def kl(
-        params: Params, mean: Float[Array, "B L"], log_stddev: Float[Array, "B L"], z: Float[Array, "B L"]
-    ) -> Float[Array, " B"]:
-        return sampled_kl(log_prob(params, z), mean, log_stddev, z)
+        return _standard_log_prob(noise) + log_volume
 
     def sample(key: Key[Array, ""], params: Params, shape: tuple[int, int]) -> Float[Array, "B L"]:
         return layers.from_noise(params, jax.random.normal(key, shape, jnp.float32))
 
-    return Prior(layers.init, log_prob, kl, sample)
+    return Prior(layers.init, log_prob, _by_draws(log_prob), sample)
 
 
 class Bijection(NamedTuple):
@@ -286,6 +275,16 @@ def fit_mixture(z: Float[np.ndarray, "N L"], *, num_components: int, seed: int =
     return components | {"log_weight": jnp.asarray(log_weight, jnp.float32)}
 
 
+def _standard_log_prob(z: Float[Array, "B L"]) -> Float[Array, " B"]:
+    # Scalars broadcast: no array of zeros is made.
+    return jnp.sum(gaussians.log_prob(z, jnp.zeros(()), jnp.zeros(())), axis=-1)
+
+
+def _by_draws(log_prob: Callable[[Params, Array], Array]) -> Callable[[Params, Array, Array, Array], Array]:
+    """The `kl` of a prior without closed form."""
+    return lambda params, mean, log_stddev, z: sampled_kl(log_prob(params, z), mean, log_stddev, z)
+
+
 def _only(components: Params) -> Params:
     return jax.tree.map(lambda leaf: leaf[0], components)
 
@@ -301,7 +300,7 @@ def _unit_components(mean: Float[Array, "K L"]) -> Params:
 
 def _components_of(mean: Float[np.ndarray, "K L"], covariance: Float[np.ndarray, "K L L"]) -> Params:
     factor = np.linalg.cholesky(covariance)
-    values: dict[str, Sequence[Any] | np.ndarray] = {
+    values = {
         "mean": mean,
         "log_scale": np.log(np.diagonal(factor, axis1=1, axis2=2)),
         "below": np.tril(factor, -1),
