@@ -17,7 +17,7 @@ from experiments.variants import VARIANTS
 from lvae_jax import cache, datasets
 from lvae_jax import vae as vae_lib
 
-NETWORK = ("latent_size", "widths", "num_blocks", "num_components", "gain")  # of which the weights are
+NETWORK = ("latent_size", "widths", "num_blocks", "prior", "num_components", "gain")  # of which the weights are
 SCHEDULED = ("ramp", "balance")  # parameters of heads that are set by a schedule
 
 

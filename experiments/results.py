@@ -213,6 +213,7 @@ class Summary(Limits):
       levels: the number of grey levels; None for data without them.
       centre, scale: see `datasets.Form`; None where no scaling was needed.
       missing: the fraction of the test examples' values that are missing; None where none may be.
+      prior: its name in `priors.PRIORS`; None for N(0, I).
       kind: one of `evaluation.Kind`, or `POINTS`.
       histograms: bits per dimension of `evaluation.histograms`; empty for points.
     """
@@ -235,6 +236,7 @@ class Summary(Limits):
     centre: list[float] | None = None
     scale: float | None = None
     missing: float | None = None
+    prior: str | None = None
 
     @property
     def form(self) -> Form:

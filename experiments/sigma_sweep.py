@@ -29,6 +29,7 @@ from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
 from lvae_jax import celeba, datasets, diagnostics, evaluation, figures, runs, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.evaluation import Kind
+from lvae_jax.priors import PRIORS
 
 NUM_EVIDENCE_EXAMPLES = 1000
 EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
@@ -118,6 +119,14 @@ def check(config: Config, **places: Any) -> None:
         raise command.UsageError(
             "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
         )
+    if config.evidence and config.prior != Config().prior:
+        raise command.UsageError(
+            "--evidence is for --prior=standard_normal, whose mass quadrature knows: use --num_importance_samples"
+        )
+    try:
+        PRIORS[config.prior](config.latent_size)
+    except ValueError as error:
+        raise command.UsageError(f"--prior={config.prior} --latent_size={config.latent_size}: {error}") from None
     if not 0 <= config.warmup_steps < config.num_steps:
         raise command.UsageError(f"--warmup_steps={config.warmup_steps}: must be from 0 to num_steps - 1")
     options.check_seeds(config)
@@ -333,6 +342,7 @@ def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], member
         num_dimensions=math.prod(dataset.shape),
         latent_size=config.latent_size,
         num_test_examples=len(dataset.test),
+        prior=None if config.prior == Config().prior else config.prior,
         num_importance_samples=config.num_importance_samples,
         num_evidence_examples=NUM_EVIDENCE_EXAMPLES,
         histograms={} if dataset.levels is None else histograms(dataset),

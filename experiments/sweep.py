@@ -23,6 +23,7 @@ from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, files, runs, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import of_seed
+from lvae_jax.priors import PRIORS
 
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
@@ -139,6 +140,14 @@ class Config(NamedTuple):
             computed=True,
         ),
     ] = 4
+    prior: Annotated[
+        str,
+        Option(
+            NETWORKS,
+            f"p(z): {', '.join(PRIORS)}; all but the first learn with the networks",
+            Range(lambda value: value in PRIORS, f"one of {', '.join(PRIORS)}"),
+        ),
+    ] = "standard_normal"
     bfloat16: Annotated[bool, Option(NETWORKS, "compute the networks, except their last layers, in bfloat16")] = False
     gain: Annotated[
         float,
@@ -329,6 +338,7 @@ def model(config: Config, variant: str, form: datasets.Form) -> Callable[[Any], 
     of_data = domain(config)
     network = of_data.network(config.widths)
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
+    network["prior"] = PRIORS[config.prior](config.latent_size)
     head: dict[str, Any] = {name: getattr(config, name) for name in ("gain", "num_components", "discretise")}
     if config.balance:
         begin = round(BALANCED * config.num_steps)
@@ -363,10 +373,15 @@ def groups(
     def group(name: str, part: slice) -> Group:
         def begin(params: vae_lib.Params) -> vae_lib.Params:
             taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), trained)
-            return params | {
-                "encoder": taken["encoder"],
-                "decoder": params["decoder"] | {"first": taken["decoder"]},
-            }
+            prior = {name: value for name, value in taken.items() if name == "prior"}
+            return (
+                params
+                | prior
+                | {
+                    "encoder": taken["encoder"],
+                    "decoder": params["decoder"] | {"first": taken["decoder"]},
+                }
+            )
 
         return Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
 

@@ -113,6 +113,8 @@ def sweep_notes(summary: Summary) -> list[str]:
         notes.append(
             f"{summary.missing:.1%} of the test values are missing: p(x|z) and the ELBO are those of the others."
         )
+    if summary.prior is not None:
+        notes.append(f"p(z) is a prior that learned with the networks: {summary.prior}.")
     if "IW bound" in found:
         notes.append(f"IW bound: importance-weighted, with {summary.num_importance_samples} draws.")
     if summary.entropy is not None:

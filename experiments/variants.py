@@ -129,7 +129,7 @@ def make_vae(
     `sigma` is a number or, for the scheduled variants, one for each step, in units of the data; a sigma that is learned
     from the start begins at `sigma` times the data's scale. `gain`, `balance`, `ramp` and `num_components` are those of
     `likelihoods.learned_vector` and `mixture`. No learned sigma goes below the noise of quantisation of grey levels.
-    `network` are options of both networks.
+    `network` are the prior and options of both networks.
     """
     variant, shape, levels = VARIANTS[name], form.shape, form.levels
     options: dict[str, Any] = {

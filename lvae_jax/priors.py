@@ -9,6 +9,7 @@ E_q(z) log p2(z) - E_q(z) log N(z; 0, I). No prior saves the rest of the KL, whi
 (Hoffman and Johnson, ELBO surgery, 2016). So the best gain on N(0, I) is KL(q(z) || N(0, I)).
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from lvae_jax import gaussians
 
@@ -273,6 +274,31 @@ def fit_mixture(z: Float[np.ndarray, "N L"], *, num_components: int, seed: int =
         log_weight = np.maximum(np.log(model.weights_), math.log(np.finfo(np.float32).tiny))
     components = _components_of(model.means_, model.covariances_)
     return components | {"log_weight": jnp.asarray(log_weight, jnp.float32)}
+
+
+def widened(params: Params, *, dims: Int[np.ndarray, " D"], latent_size: int) -> Params:
+    """The parameters of the `gaussian` or `mixture` of L = `latent_size` dimensions that is the one with these
+    parameters along the dimensions `dims`, in rising order, and N(0, I) along all others. To fit only the dimensions
+    that a model uses takes less time, and no chance correlation with an unused one is learned."""
+    along, matrix = (..., dims), (..., dims[:, None], dims)
+
+    def zeros(like: Array, num_axes: int) -> Array:
+        return jnp.zeros(like.shape[:-1] + num_axes * (latent_size,), like.dtype)
+
+    return params | {
+        "mean": zeros(params["mean"], 1).at[along].set(params["mean"]),
+        "log_scale": zeros(params["log_scale"], 1).at[along].set(params["log_scale"]),
+        "below": zeros(params["mean"], 2).at[matrix].set(params["below"]),
+    }
+
+
+PRIORS: dict[str, Callable[[int], Prior]] = {
+    "standard_normal": lambda latent_size: standard_normal(),
+    "gaussian": gaussian,
+    "mixture": functools.partial(mixture, num_components=10),
+    "flow": flow,
+}
+"""The priors by name: latent size -> prior. Of those that learn, parameters that are all zero mean N(0, I)."""
 
 
 def _standard_log_prob(z: Float[Array, "B L"]) -> Float[Array, " B"]:
