@@ -4,6 +4,7 @@
 
 writes into RUN/generated, for the first seed of each row of the run's table, the arrays below as .npz, in float32, and
 a figure of them as .png; generated.json beside them names the unit. The same `--key_seed` means the same z for all.
+With --prior=flow, z comes from that prior, fitted by experiments.second_stage, and the folder is RUN/generated-flow.
 
   samples [B, *S]                           x ~ p(x|z), z from the prior
   means, stddevs [B, *S]                    of that p(x|z)
@@ -31,7 +32,7 @@ import PIL.Image
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from experiments import command, results, sizes, sweep
+from experiments import command, latents, results, sizes, sweep
 from experiments.results import Chosen, Generated, Member
 from experiments.variants import VARIANTS
 from lvae_jax import datasets, figures, runs
@@ -55,6 +56,7 @@ def run(
     images: Sequence[str] = (),
     num_samples: int = 64,
     key_seed: int = 0,
+    prior: str | None = None,
     echo: Callable[[str], None] = print,
 ) -> Generated:
     """Writes what the chosen members of the run generate into `out`; returns what generated.json holds.
@@ -63,7 +65,8 @@ def run(
       command.UsageError, runs.RunError: as their docstrings say, before anything is compiled or overwritten.
     """
     path = command.path("run_dir", run_dir)
-    folder = path / "generated" if out is None else command.path("out", out)
+    default = "generated" if prior is None else f"generated-{prior}"
+    folder = path / default if out is None else command.path("out", out)
     config, summary = sweep.read_run(path)
     shape = tuple(summary.shape)
     if num_samples < 1:
@@ -73,9 +76,7 @@ def run(
     members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
     levels, form = summary.levels, summary.form
     given = read_images(images, form) if images else None
-    # Each checkpoint is restored once, however many of its members generate.
-    groups = {member.group: member.variant for member in members}
-    weights = {group: sweep.restore(path, config, group, variant, form) for group, variant in groups.items()}
+    models = [latents.model(path, config, member=member, form=form, prior=prior) for member in members]
     record = Generated(
         run=str(path.resolve()),
         summary=hashlib.sha256((path / "summary.json").read_bytes()).hexdigest(),
@@ -86,6 +87,7 @@ def run(
         images=None if given is None else hashlib.sha256(given.tobytes()).hexdigest(),
         members=[Chosen(variant=member.variant, sigma=member.sigma, seed=member.seed) for member in members],
         files=[file_name(member) for member in members],
+        prior=prior,
     )
     needed = 3 * 4 * num_samples * math.prod(shape)  # three arrays in float32
     if needed > sizes.available():
@@ -100,14 +102,15 @@ def run(
     # The ELBO is that of the data as the model was trained on them.
     seen = datasets.dequantize(keys, given, levels=levels or 256) if given is not None and config.dequantize else x
     shown = sweep.domain(config).num_in_gallery
-    vaes = {variant: sweep.trained_vae(config, variant, form) for variant in groups.values()}
+    # One program for all members of a variant: sigma is in the parameters.
+    vaes = {member.variant: vae for member, (vae, _) in zip(members, models, strict=True)}
+    round_paths = prior is None and config.prior == sweep.Config().prior
     programs = {
-        variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples)) for variant, vae in vaes.items()
+        variant: jax.jit(functools.partial(pictures, vae=vae, num_samples=num_samples, round_paths=round_paths))
+        for variant, vae in vaes.items()
     }
     scorers = {variant: jax.jit(functools.partial(scores, vae=vae)) for variant, vae in vaes.items()}
-    for member, name in zip(members, record.files, strict=True):
-        # One program for all members of a variant: sigma is in the parameters.
-        params = jax.tree.map(lambda leaf, index=member.member: leaf[index], weights[member.group])
+    for member, (_, params), name in zip(members, models, record.files, strict=True):
         with sizes.told("give a smaller --num_samples, or fewer --images"):
             arrays = jax.device_get(programs[member.variant](key, params=params, x=x))
             if seen is not None:
@@ -267,9 +270,16 @@ def file_name(member: Member) -> str:
 
 
 def pictures(
-    key: Key[Array, ""], *, vae: vae_lib.VAE, params: vae_lib.Params, x: Float[Array, "N *S"] | None, num_samples: int
+    key: Key[Array, ""],
+    *,
+    vae: vae_lib.VAE,
+    params: vae_lib.Params,
+    x: Float[Array, "N *S"] | None,
+    num_samples: int,
+    round_paths: bool = True,
 ) -> dict[str, Array]:
-    """The arrays of one model, by the names in the module's docstring."""
+    """The arrays of one model, by the names in the module's docstring. Paths between draws from the prior are quarters
+    of ellipses if it is N(0, I), `round_paths`, else straight."""
     generate_key, ends_key = jax.random.split(key)
     samples, means, stddevs = vae_lib.generate(generate_key, vae, params, num_samples=num_samples)
     arrays = {"samples": samples, "means": means, "stddevs": stddevs}
@@ -278,7 +288,9 @@ def pictures(
         ends = vae_lib.sample_prior(ends_key, vae, params, num_samples=2 * NUM_PATHS)
         first, last = ends.reshape(2, NUM_PATHS, 1, vae.latent_size)
         # Under N(0, I) each point is a draw from the prior; those on a straight line would be too close to the origin.
-        z = jnp.cos(0.5 * jnp.pi * t) * first + jnp.sin(0.5 * jnp.pi * t) * last
+        # No path is known on which that holds of other priors.
+        weights = (jnp.cos(0.5 * jnp.pi * t), jnp.sin(0.5 * jnp.pi * t)) if round_paths else (1.0 - t, t)
+        z = weights[0] * first + weights[1] * last
     else:
         ends, _ = vae_lib.encode(vae, params, x[: NUM_PATHS + 1])
         z = (1.0 - t) * ends[:-1, None] + t * ends[1:, None]
@@ -348,10 +360,11 @@ def define_flags() -> None:
         )
         flags.DEFINE_integer("num_samples", 64, "draws from each model; figures show no more than 64 images")
         flags.DEFINE_integer("key_seed", 0, "of all random draws")
+    latents.define_prior()
 
 
 def main() -> None:
-    values = command.values(("run_dir", "out", "images", "num_samples", "key_seed"))
+    values = command.values(("run_dir", "out", "images", "num_samples", "key_seed", "prior"))
     if values["run_dir"] is None:
         raise command.UsageError("give the directory of a finished run of experiments.sigma_sweep as --run_dir")
     chosen = command.values(("variant", "sigma", "seed"))

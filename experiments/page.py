@@ -12,7 +12,7 @@ import markdown
 import numpy as np
 import PIL.Image
 
-from experiments import claims, tables
+from experiments import claims, latents, tables
 from experiments.claims import Claim, Finished, Ordering, Part
 from experiments.results import Member, Row, ToyMeasures
 from experiments.variants import VARIANTS
@@ -30,6 +30,11 @@ IMAGE_FIGURES = {
 }
 PLAIN_FIGURES = {
     "sigma": "Fig. 10 again, by plain Adam, one constant learning rate for the networks and log sigma.",
+}
+# Of the second stage, whose files have these names without prior-.
+STAGE_FIGURES = {
+    "prior-samples": "Samples and means with z from each prior, and from the posteriors of test examples, one seed.",
+    "prior-latents": "Draws of z from each prior, and from the posteriors of test examples, one seed.",
 }
 SPHERE_FIGURES = {
     "objective": "Fig. 2: Theorem 1's objective over the radius of the decoder's outputs and sigma.",
@@ -57,8 +62,9 @@ def figures(path: Path, parts: Iterable[str]) -> dict[str, bytes]:
     256 colours: a third of the size or less."""
     found = {}
     for part in parts:
-        for name in captions(part):
-            png = path / part / "figures" / f"{name}.png"
+        files = {name: path / part / "figures" / f"{name}.png" for name in captions(part)}
+        files |= {name: path / part / latents.FOLDER / "figures" / f"{name[6:]}.png" for name in STAGE_FIGURES}
+        for name, png in files.items():
             if not png.exists():  # could not be drawn
                 continue
             with PIL.Image.open(png) as file:
@@ -156,6 +162,13 @@ def compose(
         if name in finished.quality:
             sections += [tables.realism(finished.quality[name]).markdown()]
         sections += shown(name)
+    if finished.stages:
+        sections.append("## Perspective 1: priors fitted to the codes")
+    for name, stage in finished.stages.items():
+        sections += [f"### {name}", tables.second_stage(stage).markdown()]
+        if stage.quality is not None:
+            sections.append(tables.realism(stage.quality).markdown())
+        sections += [picture(f"{name}-{figure}", text) for figure, text in STAGE_FIGURES.items()]
     return "\n\n".join(sections) + "\n"
 
 
@@ -172,7 +185,11 @@ def names(finished: Finished) -> list[str]:
 
 
 def shown(part: str) -> list[str]:
-    return [f"![{caption}](figures/{part}-{name}.png)\n\n*{caption}*" for name, caption in captions(part).items()]
+    return [picture(f"{part}-{name}", caption) for name, caption in captions(part).items()]
+
+
+def picture(name: str, caption: str) -> str:
+    return f"![{caption}](figures/{name}.png)\n\n*{caption}*"
 
 
 def ran(finished: Finished, commands: Mapping[str, str], times: Mapping[str, float]) -> str:

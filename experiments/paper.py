@@ -13,7 +13,8 @@ it was stopped, runs no finished part again, and writes the report anew.
 | full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,500 steps | 10 seeds, 1,000 epochs | 200 epochs |
 
 digits and MNIST are trained twice: by the density of the pixels, as in the paper, and by the probability of their grey
-levels, as digits_codes and mnist_codes (at the scale full). full is for an accelerator.
+levels, as digits_codes and mnist_codes (at the scale full). full is for an accelerator. Priors are fitted to the models
+of toy, digits and MNIST.
 """
 
 import functools
@@ -24,9 +25,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import claims, command, hypersphere, page, quality, results, sigma_sweep, sweep
+from experiments import claims, command, hypersphere, latents, page, quality, results, second_stage, sigma_sweep, sweep
 from experiments.claims import Claim, Finished, Part
-from experiments.results import Quality, SphereSummary, Summary
+from experiments.results import Quality, SecondStage, SphereSummary, Summary
 from lvae_jax import runs
 
 Config = hypersphere.Config | sweep.Config
@@ -76,6 +77,16 @@ SCALES: dict[str, dict[str, Config]] = {
 }
 PARTS = tuple(SCALES["full"])
 
+# The second stages of the parts that have one. The toy's leaves out variants that end at the sigma of LS-VAEs.
+STAGES: dict[str, latents.Config] = {
+    "toy": latents.Config(variant=("f", "ls", "lv")),
+    "digits": latents.Config(variant=("f", "ls", "lv")),
+    "digits_codes": latents.Config(),
+    "mnist": latents.Config(variant=("f", "ls", "lv")),
+    "mnist_codes": latents.Config(),
+}
+SMALL_STAGE: dict[str, Any] = {"prior": ("flow",), "num_examples": 1000, "num_steps": 20, "classifier_steps": 20}
+
 
 def run(
     scale: str,
@@ -110,7 +121,7 @@ def run(
             echo(f"{name}: {command_line(config)}")
             began = time.monotonic()
             try:
-                run_part(config, str(path / name), places, echo)
+                run_part(config, str(path / name), stage_of(scale, name), places, echo)
             finally:  # an interrupted part has taken time, too
                 times = read_times(path)
                 times[name] = times.get(name, 0.0) + time.monotonic() - began
@@ -118,14 +129,24 @@ def run(
         return write_report(scale, path, echo)
 
 
-def run_part(config: Config, run_dir: str, places: Mapping[str, Any], echo: Callable[[str], None]) -> None:
-    """Runs one experiment and, if its images have labels, `quality` on it."""
+def run_part(
+    config: Config, run_dir: str, stage: latents.Config | None, places: Mapping[str, Any], echo: Callable[[str], None]
+) -> None:
+    """Runs one experiment, `quality` on it if its images have labels, and its second stage if it has one."""
     if isinstance(config, hypersphere.Config):
         hypersphere.run(config, run_dir=run_dir, echo=echo)
         return
     sigma_sweep.run(config, run_dir=run_dir, **places, echo=echo)
     if config.dataset in ("digits", "mnist") and not config.fake_data:
         quality.run(run_dir, data_dir=places["data_dir"], manual_dir=places["manual_dir"], echo=echo)
+    if stage is not None:
+        second_stage.run(run_dir, stage, **places, echo=echo)
+
+
+def stage_of(scale: str, part: str) -> latents.Config | None:
+    """The second stage of a part, None if it has none."""
+    stage = STAGES.get(part)
+    return stage._replace(**SMALL_STAGE) if stage is not None and scale == "smoke" else stage
 
 
 def read_times(path: Path) -> dict[str, float]:
@@ -157,8 +178,8 @@ def command_line(config: Config) -> str:
 
 
 def read_parts(scale: str, path: Path) -> Finished:
-    """The scale's finished parts, and the quality of their images where it was measured."""
-    sphere, sweeps, quality = None, {}, {}
+    """The scale's finished parts, with the quality of their images and their second stages where there are any."""
+    sphere, sweeps, quality, stages = None, {}, {}, {}
     for name, config in SCALES[scale].items():
         summary, judged = path / name / "summary.json", path / name / "quality.json"
         if not summary.exists():
@@ -169,7 +190,10 @@ def read_parts(scale: str, path: Path) -> Finished:
             sweeps[name] = Part(results.read(summary, Summary), runs.read_curves(path / name))
         if judged.exists():
             quality[name] = results.read(judged, Quality)
-    return Finished(sphere, sweeps, quality)
+        staged = path / name / latents.FOLDER / "summary.json"
+        if staged.exists():
+            stages[name] = results.read(staged, SecondStage)
+    return Finished(sphere, sweeps, quality, stages)
 
 
 def write_report(scale: str, path: Path, echo: Callable[[str], None]) -> list[Claim]:

@@ -135,20 +135,11 @@ class Programs:
         return self._over_test_split(score)
 
     def evidence(
-        self, group: Group, states: TrainState, x: np.ndarray, *, tolerance: float = 1e-3
+        self, group: Group, states: TrainState, x: np.ndarray
     ) -> tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]:
         """log p(x) in nats of the points x by each of M members, by quadrature over a latent space of one or two
-        dimensions, with the change of its mean when the number of nodes was last doubled: below `tolerance`, or as it
-        was at 2,048."""
-        num_nodes = 128
-        coarse = jax.device_get(self._evidence(group.sigmas, states, x, num_nodes))
-        while True:
-            num_nodes *= 2
-            fine = jax.device_get(self._evidence(group.sigmas, states, x, num_nodes))
-            change = np.abs(fine.mean(axis=-1) - coarse.mean(axis=-1))
-            if num_nodes == 2048 or change.max() < tolerance:
-                return fine, change
-            coarse = fine
+        dimensions, with its error: see `evaluation.refined`."""
+        return evaluation.refined(functools.partial(self._evidence, group.sigmas, states, x))
 
     def pictures(self, group: Group, states: TrainState, x: np.ndarray) -> Pictures:
         """The pictures [M, ...] of the examples x, as they are stored."""

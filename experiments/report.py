@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,8 +116,7 @@ def draw(
     draw_panels: Callable[..., figures.Figure],
     echo: Callable[[str], None] = print,
 ) -> None:
-    """Writes the run's figures; `draw_panels` is that of the data's `Domain`. A figure that cannot be drawn is left
-    out, and a line says so: it must not cost the run."""
+    """Writes the run's figures; `draw_panels` is that of the data's `Domain`."""
     metrics = runs.read_curves(path)
 
     def curves(part: Sequence[Member]) -> figures.Curves:
@@ -139,6 +138,14 @@ def draw(
         "sigma": lambda: figures.sigma_and_elbo(learned or all_curves, unit=summary.unit, colours=colours),
         "elbo": lambda: _elbo_against_sigma(summary),
     }
+    write_figures(path, drawings, echo=echo)
+
+
+def write_figures(
+    path: Path, drawings: Mapping[str, Callable[[], figures.Figure]], *, echo: Callable[[str], None] = print
+) -> None:
+    """Writes the figures of the run in `path`, by their names. One that cannot be drawn is left out, and a line says
+    so: it must not cost the run."""
     for name, drawing in drawings.items():
         file = path / "figures" / f"{name}.png"
         try:

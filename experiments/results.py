@@ -374,13 +374,90 @@ class Realism(Result):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality(Result):
-    """The content of quality.json; `classifier_accuracy` is that on the test split."""
+    """The content of quality.json.
+
+    Attributes:
+      classifier_accuracy: on the test split.
+      prior: the name of a fitted prior, of which z was drawn; None for that of the models.
+    """
 
     rows: list[Realism]
     num_images: int
     num_seeds: int
     classifier_accuracy: float
     classifier_steps: int
+    prior: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Staged(Result):
+    """The results of a trained model with z from one prior, or their means over seeds.
+
+    Attributes:
+      prior: the name of the fitted prior, "N(0, I)", or "q(z)", the posteriors of the test examples in its place: the
+        best that a prior can give. That has no ELBO.
+      elbo, kl: under this prior.
+      gain: the ELBO less that under N(0, I).
+      information: a lower and an upper bound on the mutual information of x and z, the part of the KL that no prior
+        saves; the upper one is the smallest KL of all priors. See `evaluation.information_bound`.
+      neighbour_distance: the median of the root mean square distance of means from their nearest training images.
+      sliced_wasserstein: of samples from the test points.
+      gap: the true log p(x) less the ELBO under N(0, I), which is the sum of the part that this prior closes,
+        prior_gap, and of two that are left: model_gap and posterior_gap, see `Scored`.
+    """
+
+    variant: str
+    sigma: float
+    prior: str
+    elbo: float | None = None
+    gain: float | None = None
+    kl: float | None = None
+    information: list[float] | None = None
+    neighbour_distance: float | None = None
+    sliced_wasserstein: float | None = None
+    gap: float | None = None
+    prior_gap: float | None = None
+    model_gap: float | None = None
+    posterior_gap: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageMember(Staged):
+    """A trained model with z from one prior."""
+
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRow(Staged):
+    """The mean over seeds, with standard deviations, 0 for a single seed."""
+
+    num_seeds: int
+    elbo_sd: float | None = None
+    gain_sd: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondStage(Result):
+    """A finished run of `experiments.second_stage`.
+
+    Attributes:
+      quality: of samples and means, None without labels.
+      test_neighbour_distance: that of test images, see `Staged`.
+      num_examples, num_held_out: training examples whose codes were used, and those of them that were held out.
+    """
+
+    rows: list[StageRow]
+    members: list[StageMember]
+    quality: Quality | None = None
+    test_neighbour_distance: float | None = None
+    unit: str
+    num_seeds: int
+    num_examples: int
+    num_held_out: int
+    num_test_examples: int
+    device: str
+    jax: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -402,6 +479,7 @@ class Generated(Result):
       shape, unit: of the data, and so of all arrays.
       images: the SHA-256 hash of the reconstructed examples, None without any.
       files: the names of the files of each of `members`, without their endings.
+      prior: the name of the fitted prior that z comes from; None for that of the models.
     """
 
     run: str
@@ -413,6 +491,7 @@ class Generated(Result):
     images: str | None
     members: list[Chosen]
     files: list[str]
+    prior: str | None = None
 
     def same(self, other: Self) -> bool:
         """Tells whether both are the same choice from the same run, wherever the run lies."""

@@ -18,7 +18,7 @@ import optax
 from experiments import command, domains, results, sizes
 from experiments.options import Option, Range, at_least, declared, from_none_to, positive
 from experiments.programs import Group
-from experiments.results import Summary
+from experiments.results import Member, Summary
 from experiments.variants import FOLLOWERS, VARIANTS, Record, Sigma, make_vae
 from lvae_jax import celeba, datasets, files, runs, training
 from lvae_jax import vae as vae_lib
@@ -496,3 +496,13 @@ def restore(path: Path, config: Config, name: str, variant: str, form: datasets.
             raise runs.RunError(f"{path / 'checkpoints' / name} is empty: give the directory of a whole run")
         states, _ = checkpoints.restore((jax.eval_shape(init, group.seeds, group.sigmas).finished(), record))
     return states.weights
+
+
+def trained(path: Path, config: Config, member: Member, form: datasets.Form) -> tuple[vae_lib.VAE, vae_lib.Params]:
+    """The model of a member of a finished run with its trained parameters.
+
+    Raises:
+      runs.RunError: as `restore` says.
+    """
+    weights = restore(path, config, member.group, member.variant, form)
+    return trained_vae(config, member.variant, form), jax.tree.map(lambda leaf: leaf[member.member], weights)

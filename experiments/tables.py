@@ -9,7 +9,17 @@ from typing import Generic, NamedTuple, TypeVar
 
 import tabulate
 
-from experiments.results import Directions, Quality, Realism, Row, SphereRow, SphereSummary, Summary
+from experiments.results import (
+    Directions,
+    Quality,
+    Realism,
+    Row,
+    SecondStage,
+    SphereRow,
+    SphereSummary,
+    StageRow,
+    Summary,
+)
 from experiments.variants import VARIANTS
 from lvae_jax.evaluation import Kind
 
@@ -31,6 +41,11 @@ def number(value: float | None, form: str = ".4f") -> str | None:
 def spread(mean: float, stddev: float | None, form: str = ".4f") -> str:
     """The mean and, if it is known, the standard deviation."""
     return f"{mean:{form}}" + (f" +- {stddev:{form}}" if stddev is not None else "")
+
+
+def over_seeds(mean: float | None, stddev: float | None, num_seeds: int) -> str | None:
+    """The mean, with the standard deviation of several seeds; None as None."""
+    return None if mean is None else spread(mean, stddev if num_seeds > 1 else None)
 
 
 SWEEP: tuple[Column[Row], ...] = (
@@ -64,6 +79,20 @@ SPHERE: tuple[Column[SphereRow], ...] = (
     Column("ELBO [nats]", lambda row: spread(row.elbo, row.elbo_over_seeds_sd if row.num_seeds > 1 else None)),
     Column("best", lambda row: number(row.exact_elbo)),
     Column("KL", lambda row: number(row.kl)),
+)
+STAGE: tuple[Column[StageRow], ...] = (
+    Column("", lambda row: VARIANTS[row.variant].title + (f", {row.sigma:.4g}" if VARIANTS[row.variant].swept else "")),
+    Column("prior", lambda row: row.prior),
+    Column("ELBO [nats]", lambda row: over_seeds(row.elbo, row.elbo_sd, row.num_seeds)),
+    Column("gain", lambda row: over_seeds(row.gain, row.gain_sd, row.num_seeds)),
+    Column("KL", lambda row: number(row.kl)),
+    Column("information", lambda row: None if row.information is None else "{:.3f} to {:.3f}".format(*row.information)),
+    Column("gap", lambda row: number(row.gap)),
+    Column("to prior", lambda row: number(row.prior_gap)),
+    Column("to model", lambda row: number(row.model_gap)),
+    Column("to posterior", lambda row: number(row.posterior_gap)),
+    Column("Wasserstein", lambda row: number(row.sliced_wasserstein)),
+    Column("to nearest", lambda row: number(row.neighbour_distance)),
 )
 REALISM: tuple[Column[Realism], ...] = (
     Column("", lambda row: row.row),
@@ -185,6 +214,32 @@ def realism_notes(quality: Quality) -> list[str]:
     ]
 
 
+def stage_notes(stage: SecondStage) -> list[str]:
+    """Sentences that explain the columns of `STAGE`."""
+    found = titles(STAGE, stage.rows)
+    spread = f"mean +- standard deviation over {stage.num_seeds} seeds" if stage.num_seeds > 1 else "one seed"
+    notes = [
+        f"The same encoders and decoders under priors that were fitted to the codes of {stage.num_examples} training "
+        f"examples, of which {stage.num_held_out} were held out; measured on {stage.num_test_examples} test examples, "
+        f"{spread}. ELBO, KL and gain, over N(0, I), in nats. information: bounds on the mutual information of x and "
+        "z, which is the part of the KL that no prior saves. q(z): z from the posteriors of the test examples, in "
+        "place of a prior: the best that any prior can give."
+    ]
+    if "gap" in found:
+        notes.append(
+            "gap: the exact log p(x) minus the ELBO under N(0, I). to prior: the part that this prior closes. to "
+            "model: the KL from the true density to the model's, under this prior. to posterior: the rest."
+        )
+    if "Wasserstein" in found:
+        notes.append(f"Wasserstein: the sliced distance of samples from the test points, in {stage.unit}.")
+    if "to nearest" in found:
+        notes.append(
+            "to nearest: the root mean square distance of means of p(x|z) from the nearest training image, the "
+            f"median of 500, in {stage.unit}: a prior that memorises would have a small one."
+        )
+    return notes
+
+
 def titles(columns: Sequence[Column[AnyRow]], rows: Sequence[AnyRow]) -> list[str]:
     """The titles of the columns in which any row has a cell."""
     return [column.title for column in columns if any(column.cell(row) is not None for row in rows)]
@@ -233,6 +288,14 @@ def sweep(summary: Summary, *more: Column[Row]) -> Table[Row]:
 def sphere(summary: SphereSummary) -> Table[SphereRow]:
     """The table of `experiments.hypersphere`."""
     return Table(SPHERE, summary.rows, notes=sphere_notes(summary))
+
+
+def second_stage(stage: SecondStage) -> Table[StageRow]:
+    """The table of `experiments.second_stage`."""
+    more = []
+    if stage.test_neighbour_distance is not None:
+        more.append({"": "test images", "to nearest": f"{stage.test_neighbour_distance:.4f}"})
+    return Table(STAGE, stage.rows, more, stage_notes(stage))
 
 
 def realism(quality: Quality) -> Table[Realism]:

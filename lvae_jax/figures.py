@@ -103,14 +103,20 @@ def in_plane(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
     a map of sigma in `unit` if sigma is not one number."""
-    strips: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
+    shown: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
-        strips.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
-        strips.append(("generated means", panel.sample_means, None))
-        strips.append(("generated samples", panel.samples, None))
+        shown.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
+        shown.append(("generated means", panel.sample_means, None))
+        shown.append(("generated samples", panel.samples, None))
         stddevs = panel.reconstruction_stddevs.mean(axis=-1, keepdims=True)
         if np.ptp(stddevs) > 0.0:
-            strips.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
+            shown.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
+    return _strips(shown)
+
+
+def _strips(strips: Sequence[tuple[str, np.ndarray, str | None]]) -> Figure:
+    """Rows of images, (label, [B, H, W, C], colour map): pixels on [0, 1] without a colour map, else one channel from
+    0 on."""
     width, height = 9.0, 0.78 * len(strips)
     figure = Figure(figsize=(width, height), layout="constrained")
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
@@ -122,6 +128,70 @@ def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
             figure.colorbar(shown, ax=axis, pad=0.01)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def strips(examples: Sequence[tuple[str, np.ndarray]]) -> Figure:
+    """Rows of images [B, H, W, C] on [0, 1], each with its label."""
+    return _strips([(label, images, None) for label, images in examples])
+
+
+def by_prior(
+    models: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], data: np.ndarray, *, unit: str
+) -> Figure:
+    """Samples and means of p(x|z) [B, *S] with z from several priors, side by side, a row for each model.
+
+    Args:
+      models: title -> prior -> (samples, means). Of images [B, H, W, C], 16 means lie above 16 samples; points [B, D]
+        are shown by `in_plane` of the data.
+      data: [N, *S], which set the frame of points.
+    """
+    priors = list(next(iter(models.values())))
+    images = data.ndim == 4
+    size = (2.2, 1.25) if images else (2.6, 2.4)
+    figure = Figure(figsize=(size[0] * len(priors) + 0.6, size[1] * len(models) + 0.4), layout="constrained")
+    axes = figure.subplots(len(models), len(priors), sharex=True, sharey=True, squeeze=False)
+    whole = data if images else data[~np.isnan(data).any(axis=1)]
+    project = None if images else in_plane(whole)
+    for row, (title, of_model) in zip(axes, models.items(), strict=True):
+        row[0].set_ylabel(title.replace(", sigma", ",\nsigma"), fontsize=8)
+        for axis, (samples, means) in zip(row, of_model.values(), strict=True):
+            if project is None:
+                _show(axis, _grid(np.concatenate([means[:16], samples[:16]]), empty=1.0))
+                axis.set(xticks=[], yticks=[])
+            else:
+                dots = {"s": 3, "linewidths": 0, "rasterized": True}
+                axis.scatter(*project(samples).T, color=_SAMPLES, **dots)
+                axis.scatter(*project(means).T, color=_MEANS, **dots)
+    for axis, prior in zip(axes[0], priors, strict=True):
+        axis.set_title(prior, fontsize=9)
+    if project is not None:
+        framed = project(whole)
+        low, high = framed.min(axis=0), framed.max(axis=0)
+        margin = 0.25 * (high - low).max()
+        axes[0, 0].set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+        text = f"generated samples (green) and their means (orange); both axes in {unit}"
+    else:
+        text = "means of p(x|z) above samples"
+    figure.supxlabel(text, fontsize="small")
+    return figure
+
+
+def latent_planes(models: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Draws of z [B, 2] of the aggregate posterior and of priors, side by side, a row for each model: title -> name ->
+    draws."""
+    names = list(next(iter(models.values())))
+    figure = Figure(figsize=(2.2 * len(names) + 0.6, 2.3 * len(models) + 0.4), layout="constrained")
+    axes = figure.subplots(len(models), len(names), sharex=True, sharey=True, squeeze=False)
+    for row, (title, of_model) in zip(axes, models.items(), strict=True):
+        row[0].set_ylabel(title.replace(", sigma", ",\nsigma"), fontsize=8)
+        for axis, (name, z) in zip(row, of_model.items(), strict=True):
+            axis.scatter(*z.T, color=_DATA if name == "q(z)" else _SAMPLES, s=3, linewidths=0, rasterized=True)
+            axis.set_aspect("equal")
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=9)
+    axes[0, 0].set(xlim=(-4.0, 4.0), ylim=(-4.0, 4.0))
+    figure.supxlabel("the two latent dimensions with the largest KL", fontsize="small")
     return figure
 
 

@@ -22,6 +22,7 @@ class Stream(enum.IntEnum):
     TEST_DATA = 4
     IMPORTANCE = 5
     QUALITY = 6
+    SECOND_STAGE = 7
 
 
 def of_seed(seed: int | Int[Array, ""]) -> Key[Array, ""]:

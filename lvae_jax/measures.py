@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, Real
 
 
 class PrecisionRecall(NamedTuple):
@@ -47,7 +47,12 @@ def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.
 
 
 def precision_and_recall(
-    real: Float[np.ndarray, "N D"], generated: Float[np.ndarray, "M D"], *, k: int = 3, chunk_size: int = 500
+    real: Float[np.ndarray, "N D"],
+    generated: Float[np.ndarray, "M D"],
+    *,
+    k: int = 3,
+    chunk_size: int = 500,
+    real_squares: Float[np.ndarray, " N"] | None = None,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019, Eqs. 1 and 2).
 
@@ -57,19 +62,23 @@ def precision_and_recall(
 
     Args:
       chunk_size: points whose distances to all others, at most [chunk_size, max(N, M)], lie in memory at once.
+      real_squares: `neighbour_squares(real, k=k)`, if it is known: a third of the work.
 
     Raises:
       ValueError: k is not positive, a set has no more than k points, or values that are not finite.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if real_squares is None:
+        real_squares = neighbour_squares(real, k=k, chunk_size=chunk_size)
+    generated_squares = neighbour_squares(generated, k=k, chunk_size=chunk_size)
     real, generated = _points(real, at_least=k + 1), _points(generated, at_least=k + 1)
-    centre = real.mean(axis=0)  # distances are the same, and lose fewer digits
+    centre = real.mean(axis=0)
     real, generated = real - centre, generated - centre
-    return PrecisionRecall(
-        precision=_fraction_in_manifold(generated, real, k, chunk_size),
-        recall=_fraction_in_manifold(real, generated, k, chunk_size),
-    )
+    looks_real, is_generated = np.zeros(len(generated), bool), 0
+    for start in range(0, len(real), chunk_size):
+        squares = _squared_distances(real[start : start + chunk_size], generated)
+        looks_real |= np.any(squares <= real_squares[start : start + chunk_size, None], axis=0)
+        is_generated += int(np.any(squares <= generated_squares[None], axis=1).sum())
+    return PrecisionRecall(precision=float(looks_real.mean()), recall=is_generated / len(real))
 
 
 def sliced_wasserstein(
@@ -100,6 +109,29 @@ def sliced_wasserstein(
     return float(np.sqrt(np.mean(squares)))
 
 
+def nearest(
+    points: Float[np.ndarray, "M D"], others: Real[np.ndarray, "N D"], *, chunk_size: int = 2000
+) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """The index of the nearest of `others` to each point, and its Euclidean distance, in units of the points.
+
+    Args:
+      chunk_size: others whose distances to all points, [M, chunk_size], lie in memory at once.
+
+    Raises:
+      ValueError: a set is empty, or values are not finite.
+    """
+    points = _points(points, at_least=1)
+    index, squares, row = np.zeros(len(points), np.int64), np.full(len(points), np.inf), np.arange(len(points))
+    if len(others) == 0:
+        raise ValueError("a set of 0 points is too small: give at least 1")
+    for start in range(0, len(others), chunk_size):
+        found = _squared_distances(points, _points(others[start : start + chunk_size], at_least=1))
+        best = found.argmin(axis=1)
+        closer = found[row, best] < squares
+        index[closer], squares[closer] = start + best[closer], found[row, best][closer]
+    return index, np.sqrt(squares)
+
+
 def _points(points: np.ndarray, *, at_least: int) -> np.ndarray:
     if len(points) < at_least:
         raise ValueError(f"a set of {len(points)} points is too small: give at least {at_least}")
@@ -108,19 +140,25 @@ def _points(points: np.ndarray, *, at_least: int) -> np.ndarray:
     return np.asarray(points, np.float64)
 
 
-def _fraction_in_manifold(points: np.ndarray, others: np.ndarray, k: int, chunk_size: int) -> float:
-    """The fraction of `points` within the k-nearest-neighbour manifold of `others`."""
-    radii = np.empty(len(others))  # squared
-    for start in range(0, len(others), chunk_size):
-        squares = _squared_distances(others[start : start + chunk_size], others)
+def neighbour_squares(
+    points: Float[np.ndarray, "N D"], *, k: int = 3, chunk_size: int = 500
+) -> Float[np.ndarray, " N"]:
+    """The squared distance of each point to the k-th nearest other one.
+
+    Raises:
+      ValueError: k is not positive, the set has no more than k points, or values that are not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    points = _points(points, at_least=k + 1)
+    points = points - points.mean(axis=0)  # distances are the same, and lose fewer digits
+    squared = np.empty(len(points))
+    for start in range(0, len(points), chunk_size):
+        squares = _squared_distances(points[start : start + chunk_size], points)
         row = np.arange(len(squares))
         squares[row, start + row] = np.inf  # a point is not its own neighbour
-        radii[start + row] = np.partition(squares, k - 1, axis=1)[:, k - 1]
-    inside = 0
-    for start in range(0, len(points), chunk_size):
-        squares = _squared_distances(points[start : start + chunk_size], others)
-        inside += int(np.any(squares <= radii[None], axis=1).sum())
-    return inside / len(points)
+        squared[start + row] = np.partition(squares, k - 1, axis=1)[:, k - 1]
+    return squared
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

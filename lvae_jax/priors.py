@@ -292,8 +292,10 @@ def widened(params: Params, *, dims: Int[np.ndarray, " D"], latent_size: int) ->
     }
 
 
+STANDARD_NORMAL = standard_normal()
+
 PRIORS: dict[str, Callable[[int], Prior]] = {
-    "standard_normal": lambda latent_size: standard_normal(),
+    "standard_normal": lambda latent_size: STANDARD_NORMAL,
     "gaussian": gaussian,
     "mixture": functools.partial(mixture, num_components=10),
     "flow": flow,

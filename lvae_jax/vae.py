@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lvae_jax import gaussians, likelihoods, networks, priors
+from lvae_jax import gaussians, likelihoods, networks
 from lvae_jax.keys import as_threefry
 from lvae_jax.likelihoods import Likelihood
 from lvae_jax.networks import Decoder, Encoder
-from lvae_jax.priors import Prior
+from lvae_jax.priors import STANDARD_NORMAL, Prior
 
 Params = dict[str, Any]
-STANDARD_NORMAL = priors.standard_normal()
 
 
 class VAE(NamedTuple):

@@ -91,6 +91,13 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
     "unknown_members_are_refused",
 )
 (LATE,) = _tests("initial", "options_of_the_evaluation_change_without_training")
+GAIN, DROPPED, ON, UNUSED = _tests(
+    "second_stage",
+    "gain_is_the_change_of_the_elbo",
+    "prior_that_is_worse_on_the_held_out_part_is_dropped",
+    "fit_goes_on_to_the_bit",
+    "unused_dimensions_keep_their_prior",
+)
 SCORE, BAD_FLAGS = _tests("quality", "images_are_clipped", "bad_flags")
 ITS_OWN = "-m slow tests/test_quality.py::test_samples_come_from_their_member"
 LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likelihoods", "datasets", "images", "figures"))
@@ -102,6 +109,7 @@ MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
 PROGRAMS, INITIAL = "experiments/programs.py", "experiments/initial.py"
+REALISM, LATENTS, STAGE = (f"experiments/{name}.py" for name in ("realism", "latents", "second_stage"))
 MASKED = "tests/test_masked.py"
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
@@ -189,7 +197,7 @@ MUTANTS = [
     Mutant("threshold_inverted", CLAIMS, 'noise["lv"] < 0.05,', 'noise["lv"] > 0.05,'),
     Mutant("not_in_grey_levels", CLAIMS, "highest * math.sqrt(np.mean(", "math.sqrt(np.mean("),
     Mutant("seeds_not_paired", CLAIMS, "sorted(chosen, key=lambda member: member.seed)", "chosen"),
-    Mutant("precision_and_recall_swapped", QUALITY, "recall(real, theirs,", "recall(theirs, real,", SCORE),
+    Mutant("precision_and_recall_swapped", REALISM, "recall(real, theirs,", "recall(theirs, real,", SCORE),
     Mutant("row_of_the_first_variant", SWEEP, "report.line(title, rows[-1])", "report.line(title, rows[0])", ROWS),
     # Flags that are not checked
     Mutant("any_sigma", MEMBERS, "1e-15 < value", "0.0 < value", f"{BAD_FLAG}[--sigma=1e-300]"),
@@ -228,9 +236,20 @@ MUTANTS = [
     Mutant("run_of_any_files", CRITICAL, "config = config._replace(celeba", "config._replace(celeba", ITS_FILES),
     Mutant("first_weights_for_all", INITIAL, "leaf[m.member]", "leaf[0]"),
     Mutant("learned_sigma_anew", INITIAL, "if name not in SCHEDULED", "if name in SCHEDULED"),
-    Mutant("first_member_for_all", GENERATE, "index=member.member: leaf", "index=0: leaf", WEIGHTS),
+    Mutant(
+        "first_member_for_all",
+        MEMBERS,
+        "lambda leaf: leaf[member.member], weights",
+        "lambda leaf: leaf[0], weights",
+        WEIGHTS,
+    ),
     Mutant("means_for_samples", GENERATE, 'arrays = {"samples": samples,', 'arrays = {"samples": means,', MOMENTS),
-    Mutant("chunks_alike", QUALITY, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),
+    Mutant("gain_of_training", STAGE, "jax.jit(vae.prior.kl)", "jax.jit(STANDARD_NORMAL.kl)", GAIN),
+    Mutant("last_not_best", LATENTS, "jnp.where(better, new, old)", "jnp.where(True, new, old)", DROPPED),
+    Mutant("always_fitted", LATENTS, "candidates = [nothing, *(", "candidates = [*(", DROPPED),
+    Mutant("steps_again", LATENTS, "jax.random.fold_in(key, index))", "jax.random.fold_in(key, index - first))", ON),
+    Mutant("all_dimensions", LATENTS, "codes.kl() > IN_USE", "codes.kl() > -1.0", UNUSED),
+    Mutant("chunks_alike", REALISM, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),
 ]
 
 

@@ -8,7 +8,18 @@ from scipy import stats
 
 from experiments import claims, statistics
 from experiments.claims import Finished, Part
-from experiments.results import Member, Quality, Realism, SphereMember, SphereSummary, Summary, ToyMeasures
+from experiments.results import (
+    Member,
+    Quality,
+    Realism,
+    SecondStage,
+    SphereMember,
+    SphereSummary,
+    StageMember,
+    StageRow,
+    Summary,
+    ToyMeasures,
+)
 
 RNG = np.random.default_rng(0)
 SEEDS = 10
@@ -124,13 +135,31 @@ def image_quality(f_means=5.0, f_samples=50.0, lv_means=10.0):
     return filled(Quality, rows=rows)
 
 
+def stage(lv_gain=3.0, flow_means=4.0, worse=0.0):
+    """A second stage that mends the LV-VAE's means."""
+    gains = {"f": 1.0, "ls": 2.0, "lv": lv_gain}
+    kinds = {"N(0, I)": (0.0, 30.0), "flow": (1.0, flow_means), "q(z)": (None, 2.5)}
+    members, rows, looks = [], [], []
+    for variant, gain in gains.items():
+        name = claims.title(variant) + (", sigma = 0.7071" if variant == "f" else "")
+        for prior, (part, means) in kinds.items():
+            values = {"variant": variant, "sigma": 0.7071, "prior": prior}
+            values["gain"] = None if part is None else part * gain
+            rows.append(filled(StageRow, num_seeds=2, **values))
+            for seed in range(2):
+                own = values["gain"] and values["gain"] - seed * worse
+                members.append(filled(StageMember, seed=seed, **values | {"gain": own}))
+            looks.append(filled(Realism, row=f"{name}, {prior}: means", classifier_frechet_distance=means))
+    return filled(SecondStage, rows=rows, members=members, quality=filled(Quality, rows=looks))
+
+
 def verdicts(**found):
     return {claim.name: claim.verdict for claim in claims.all_claims(Finished(**found))}
 
 
 def test_claims_hold_for_the_numbers_of_the_paper():
     parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()}
-    found = Finished(sphere(lambda relative, exact: exact), parts, {"mnist": image_quality()})
+    found = Finished(sphere(lambda relative, exact: exact), parts, {"mnist": image_quality()}, {"mnist": stage()})
     for claim in claims.all_claims(found):
         assert all(check.holds for check in claim.checks), claim
         assert claim.verdict == "holds"
@@ -318,3 +347,16 @@ def test_members_are_paired_by_seed_in_any_order():
     members = [filled(Member, variant="f", sigma=0.1, seed=seed, elbo=float(seed)) for seed in (2, 0, 1)]
     part = Part(filled(Summary, members=members), {})
     np.testing.assert_array_equal(part.values("elbo", "f"), [0.0, 1.0, 2.0])
+
+
+def answers(**change):
+    return [check.holds for check in claims.perspective_1({"mnist": stage(**change)})]
+
+
+def test_second_stage_that_fails():
+    """Each check fails by its own cause."""
+    assert answers() == 7 * [True]
+    assert answers(lv_gain=1.5) == [True, False, *5 * [True]]
+    assert answers(worse=1.5) == [False, *6 * [True]]
+    assert answers(flow_means=9.0) == [True, True, True, False, True, False, True]
+    assert answers(flow_means=31.0) == [True, True, *5 * [False]]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from scipy import optimize, stats
 
 from lvae_jax import diagnostics, evaluation, likelihoods, networks, toy
@@ -247,3 +249,34 @@ def test_rate_refuses_a_positive_log_probability_and_an_unknown_kind():
         evaluation.rate(0.1, (2,), kind=Kind.DISCRETISED)
     with pytest.raises(Exception, match="kind"):
         evaluation.rate(0.1, (2,), kind="bits")
+
+
+def test_information_bound_of_a_gaussian_channel():
+    """z = x + noise, x ~ N(0, 1): the information is log(1 + 1 / s^2) / 2 for each dimension."""
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=(3000, 2)).astype(np.float32)
+    for stddev in (0.5, 2.0):
+        log_stddev = np.full_like(mean, np.log(stddev))
+        z = (mean + stddev * rng.normal(size=mean.shape)).astype(np.float32)
+        expected = 2.0 * 0.5 * np.log1p(1.0 / stddev**2)
+        assert evaluation.information_bound(z, mean, log_stddev) == pytest.approx(expected, abs=0.05)
+    part = slice(600)
+    log_probs = scipy.stats.norm.logpdf(z[part, None], mean[None, part], stddev).sum(axis=-1)
+    direct = np.mean(np.diag(log_probs) - scipy.special.logsumexp(log_probs, axis=1)) + np.log(600)
+    assert evaluation.information_bound(z[part], mean[part], log_stddev[part]) == pytest.approx(direct, rel=1e-6)
+    sharp = evaluation.information_bound(mean[part], mean[part], np.full_like(mean[part], -20.0))
+    assert sharp == pytest.approx(np.log(600)), "no more than the logarithm of their number"
+
+
+def test_quadrature_is_refined_until_it_settles():
+    asked = []
+
+    def evidence(*, num_nodes):
+        asked.append(num_nodes)
+        return np.full(3, 1.0 / num_nodes)
+
+    values, change = evaluation.refined(evidence)
+    assert asked == [128, 256, 512, 1024]
+    np.testing.assert_allclose(values, 1.0 / 1024)
+    np.testing.assert_allclose(change, 1.0 / 512 - 1.0 / 1024)
+    assert evaluation.refined(evidence, tolerance=0.0)[0][0] == 1.0 / 2048

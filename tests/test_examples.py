@@ -74,6 +74,24 @@ class TestNumPyro:
         assert scipy.stats.kstest(standardised.ravel(), "norm").pvalue > 1e-4
 
 
+@pytest.fixture
+def numpyro_prior():
+    with jax.numpy_rank_promotion("allow"):
+        yield pytest.importorskip("examples.numpyro_prior", reason="needs numpyro")
+
+
+def test_numpyro_flow_as_a_prior(numpyro_prior, limits):
+    vae, params, elbo = numpyro_prior.main(num_steps=200, num_test=2000)
+    assert limits[0] + 0.2 < elbo < limits[1] + 0.1
+    side = jnp.linspace(-8.0, 8.0, 161)
+    z = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    assert jnp.exp(vae.prior.log_prob(params["prior"], z)).sum() * 0.1**2 == pytest.approx(1.0, abs=2e-3)
+    draws = vae.prior.sample(jax.random.key(0), params["prior"], (4000, 2))
+    mean = (jnp.exp(vae.prior.log_prob(params["prior"], z))[:, None] * z).sum(axis=0) * 0.1**2
+    np.testing.assert_allclose(draws.mean(axis=0), mean, atol=0.08)
+    assert not np.allclose(params["prior"]["layer_0"][0][0], vae.prior.init(jax.random.key(0))["layer_0"][0][0])
+
+
 def test_own_parts_train_in_an_own_loop():
     file = io.StringIO()
     *_, scores = bring_your_own.main(num_steps=500, file=file)

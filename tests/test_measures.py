@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.spatial
 from scipy import linalg, ndimage, optimize, spatial, stats
 
 from lvae_jax import likelihoods, measures
@@ -340,3 +341,25 @@ def test_sliced_wasserstein_runs_in_float64():
     with jax.enable_x64(True):
         found = measures.sliced_wasserstein(jax.random.key(0), points, points + 1.0)
     assert found == pytest.approx(1.0, abs=0.2)  # |shift|^2 / D, by directions
+
+
+def test_nearest_is_scipys():
+    rng = np.random.default_rng(0)
+    points, others = rng.normal(size=(40, 5)), rng.integers(0, 3, size=(130, 5)).astype(np.uint8)
+    distances = scipy.spatial.distance.cdist(points, others.astype(float))
+    index, distance = measures.nearest(points, others, chunk_size=30)
+    np.testing.assert_allclose(distance, distances.min(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(distances[np.arange(40), index], distance, rtol=1e-12)
+    for bad in (others[:0], np.full((3, 5), np.nan)):
+        with pytest.raises(ValueError, match=r"too small|finite"):
+            measures.nearest(points, bad)
+
+
+def test_known_squares_change_nothing():
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(60, 3)), rng.normal(size=(50, 3)) + 0.5
+    squares = measures.neighbour_squares(real, k=2)
+    distances = np.sort(scipy.spatial.distance.cdist(real, real), axis=1)[:, 2]
+    np.testing.assert_allclose(squares, distances**2, rtol=1e-12)
+    found = measures.precision_and_recall(real, generated, k=2, real_squares=squares)
+    assert found == measures.precision_and_recall(real, generated, k=2)

@@ -186,7 +186,7 @@ def test_report_has_every_claim(smoke):
     text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
     reader = Reader(page_text)
     assert not reader.open
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Annealing", "Maps"):
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Perspective 1", "Annealing", "Maps"):
         assert f"### {name}: " in text
         assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
         assert f"\n{name} " in printed
@@ -195,7 +195,7 @@ def test_report_has_every_claim(smoke):
         for variant in getattr(config, "variants", ()):
             assert f"| {tables.literal(VARIANTS[variant].title)} | " in text
     assert text.count("| histogram of each pixel | ") == 2, "by densities and by probabilities"
-    assert len(reader.images) == 2 + 4 + 1 + 3 + 3
+    assert len(reader.images) == 2 + 4 + 1 + 3 + 3 + 3 * 2, "of the parts, and of three second stages"
     for image in reader.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert image["alt"]
@@ -212,7 +212,7 @@ def test_finished_parts_are_found(smoke, monkeypatch, capsys):
     for module in (sigma_sweep, hypersphere):
         monkeypatch.delattr(module, "train_all")
     call(paper, ["--scale=smoke", f"--run_dir={path}"])
-    assert capsys.readouterr().out.count("is finished") == 5
+    assert capsys.readouterr().out.count("is finished") == 5 + 3
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
         _, _, program, *words = shlex.split(paper.command_line(config))
@@ -256,6 +256,6 @@ def test_report_of_some_parts(smoke, tmp_path):
     ignored = shutil.ignore_patterns("report.*", "toy*", "digits*")
     path = shutil.copytree(smoke[0], tmp_path / "run", ignore=ignored)
     found = paper.run("smoke", parts=["sphere"], run_dir=str(path), echo=lambda line: None)
-    assert [claim.verdict == "not run" for claim in found] == [False, *9 * [True]]
+    assert [claim.verdict == "not run" for claim in found] == [False, *10 * [True]]
     text = (path / "report.md").read_text()
-    assert text.count("**not run**") == 9 + 4, "claims and parts"
+    assert text.count("**not run**") == 10 + 4, "claims and parts"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import scipy.stats as stats
 import sklearn.mixture
 
@@ -206,3 +207,22 @@ def test_it_learns_the_density_of_its_draws(name):
 def test_impossible_priors_are_refused(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("num_components", [None, 3])
+def test_widened_prior_is_the_product_of_both(num_components):
+    """That of the chosen dimensions, and N(0, I) of the others."""
+    rng, dims = np.random.default_rng(0), np.array([1, 2, 4])
+    z = rng.normal(size=(200, 3)) * [0.3, 2.0, 1.0] + [1.0, 0.0, -2.0]
+    z[:, 1] += z[:, 0]
+    if num_components is None:
+        narrow, wide = priors.gaussian(3), priors.gaussian(5)
+        params = priors.fit_gaussian(z, np.full_like(z, -2.0))
+    else:
+        narrow, wide = priors.mixture(3, num_components), priors.mixture(5, num_components)
+        params = priors.fit_mixture(z, num_components=num_components)
+    whole = priors.widened(params, dims=dims, latent_size=5)
+    assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, jax.eval_shape(wide.init, jax.random.key(0)))
+    x = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32)
+    expected = narrow.log_prob(params, x[:, dims]) + jnp.asarray(scipy.stats.norm.logpdf(x[:, [0, 3]]).sum(axis=1))
+    np.testing.assert_allclose(wide.log_prob(whole, x), expected, rtol=1e-5)

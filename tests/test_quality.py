@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import call, run_command
 
-from experiments import command, quality, report, sigma_sweep, sweep
+from experiments import command, quality, realism, report, sigma_sweep, sweep
 from lvae_jax import datasets, images, measures, runs
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
@@ -58,7 +58,7 @@ def run_dir(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def classifier():
-    return quality.train_classifier(jax.random.key(0), TRAIN, classes(TRAIN), num_steps=200, batch_size=32)
+    return realism.train_classifier(jax.random.key(0), TRAIN, classes(TRAIN), num_steps=200, batch_size=32)
 
 
 def run(run_dir, **options):
@@ -75,7 +75,7 @@ def test_classifier_learns(classifier):
 
 def test_classifier_is_a_function_of_its_key():
     one, again, other = (
-        quality.train_classifier(jax.random.key(seed), TRAIN, classes(TRAIN), num_steps=3).features(SEEN)
+        realism.train_classifier(jax.random.key(seed), TRAIN, classes(TRAIN), num_steps=3).features(SEEN)
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, again)
@@ -93,13 +93,13 @@ def test_features_depend_on_their_image_alone(classifier):
 @pytest.mark.parametrize("labels", [classes(TRAIN)[1:], classes(TRAIN)[:, None], classes(TRAIN) - 1])
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="give 384 labels from 0 on, one for each image"):
-        quality.train_classifier(jax.random.key(0), TRAIN, labels, num_steps=1)
+        realism.train_classifier(jax.random.key(0), TRAIN, labels, num_steps=1)
 
 
 def test_noise_worsens_scores(classifier):
     real = classifier.features(SEEN)
     noise = np.random.default_rng(0).normal(size=SEEN.shape).astype(np.float32)
-    scores = [quality.score(classifier.features, real, SEEN + stddev * noise) for stddev in (0.0, 0.1, 0.3, 1.0)]
+    scores = [realism.score(classifier.features, real, SEEN + stddev * noise) for stddev in (0.0, 0.1, 0.3, 1.0)]
     distances = [score["classifier_frechet_distance"] for score in scores]
     assert distances[0] == pytest.approx(0.0, abs=1e-4)
     assert distances == sorted(distances)
@@ -110,7 +110,7 @@ def test_noise_worsens_scores(classifier):
 
 def test_images_are_clipped():
     shown = np.clip(3.0 * SEEN - 1.0, 0.0, 1.0)
-    score = quality.score(corner, corner(SEEN), 3.0 * SEEN - 1.0)
+    score = realism.score(corner, corner(SEEN), 3.0 * SEEN - 1.0)
     assert score["classifier_frechet_distance"] == measures.frechet_distance(corner(SEEN), corner(shown))
     assert (score["precision"], score["recall"]) == measures.precision_and_recall(corner(SEEN), corner(shown))
 
@@ -122,9 +122,9 @@ def corner(x):
 @pytest.mark.slow
 def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
     monkeypatch.setattr(
-        quality,
+        realism,
         "train_classifier",
-        lambda *arguments, **options: quality.Classifier(corner, lambda x: classes(255 * x)),
+        lambda *arguments, **options: realism.Classifier(corner, lambda x: classes(255 * x)),
     )
     result = run(run_dir)
     assert json.loads((run_dir / "quality.json").read_text()) == result.to_json()
@@ -133,11 +133,11 @@ def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
     titles = ["F-VAE, sigma = 0.5", "LS-VAE", "replayed F-VAE"]
     expected = [f"{title}: {kind}" for title in titles for kind in ("samples", "means")]
     assert list(rows) == ["training images", *expected]
-    assert rows["training images"] == quality.score(corner, corner(SEEN), np.asarray(datasets.to_float(TRAIN[:128])))
+    assert rows["training images"] == realism.score(corner, corner(SEEN), np.asarray(datasets.to_float(TRAIN[:128])))
     for title, part in report.by_row(sweep.read_run(run_dir)[1].members).items():
-        pairs = [generators[member.group](128) for member in part]
+        pairs = [generators[member.group](num_samples=128) for member in part]
         for kind, index in (("samples", 0), ("means", 1)):
-            scores = [quality.score(corner, corner(SEEN), pair[index]) for pair in pairs]
+            scores = [realism.score(corner, corner(SEEN), pair[index]) for pair in pairs]
             row = rows[f"{title}: {kind}"]
             assert row.keys() == {*scores[0], *(f"{name}_sd" for name in scores[0])}
             for name in scores[0]:
@@ -156,7 +156,7 @@ def test_samples_come_from_their_member(generators, finished):
     """Their distance to the means is the member's sigma, which the summary has."""
     all_means = {}
     for member in finished[1].members:
-        samples, means = generators[member.group](700)
+        samples, means = generators[member.group](num_samples=700)
         assert len(samples) == 700
         rms = np.sqrt(np.mean((samples - means) ** 2))
         assert rms == pytest.approx(member.sigma, rel=0.02), member
@@ -169,7 +169,7 @@ def test_samples_come_from_their_member(generators, finished):
 
 
 def test_scored_run_is_only_reported(run_dir, monkeypatch):
-    monkeypatch.setattr(quality, "generators", lambda path, config, summary: fakes(config.variants))
+    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(config.variants))
     first = run(run_dir, classifier_steps=2)
     monkeypatch.setattr(datasets, "load", None)
     lines = []
@@ -215,7 +215,7 @@ def test_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
     """Said before the classifier is trained; nothing is written."""
     spoil, message = FAULTS[fault]
     spoil(run_dir)
-    monkeypatch.setattr(quality, "train_classifier", None)
+    monkeypatch.setattr(realism, "train_classifier", None)
     with pytest.raises((command.UsageError, runs.RunError), match=message) as error:
         run(run_dir)
     assert "\n" not in str(error.value)
@@ -225,7 +225,7 @@ def test_run_that_cannot_be_scored(run_dir, monkeypatch, fault):
 def test_data_set_with_too_few_images(run_dir, monkeypatch):
     """Precision and recall need neighbours: said before the classifier is trained."""
     monkeypatch.setattr(images, "tfds_images", lambda name, **options: (TRAIN, TEST[:3]))
-    monkeypatch.setattr(quality, "train_classifier", None)
+    monkeypatch.setattr(realism, "train_classifier", None)
     with pytest.raises(command.UsageError, match="384 training and 3 test images, give a run of one with more than 3"):
         run(run_dir)
 
@@ -253,7 +253,7 @@ def test_command_ends_in_one_line(tmp_path):
 
 
 def test_features_are_the_input_of_the_last_layer():
-    network, x = quality.FeatureNetwork(10), jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
+    network, x = realism.FeatureNetwork(10), jax.random.uniform(jax.random.key(1), (5, 12, 12, 1))
     params, apply = jax.jit(network.init)(jax.random.key(0), x), jax.jit(network.apply)
     features, logits = apply(params, x)
     assert features.shape == (5, 64)
@@ -264,7 +264,7 @@ def test_features_are_the_input_of_the_last_layer():
 
 
 def test_every_parameter_of_the_classifier_gets_a_gradient():
-    network = quality.FeatureNetwork(4, widths=(4, 6, 8), num_features=5)
+    network = realism.FeatureNetwork(4, widths=(4, 6, 8), num_features=5)
     x = jax.random.uniform(jax.random.key(1), (5, 9, 7, 3))
     weights = jax.random.normal(jax.random.key(2), (5, 4))
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(weights * network.apply(params, x)[1])))
