@@ -1,14 +1,14 @@
 """Priors fitted to the aggregate posterior of a finished run: how they are fitted, kept beside the run, and read.
 
 Encoder and decoder stay as they are. The training examples have their codes q(z|x) = N(mean, diag stddev^2) once; z is
-drawn anew from them in each step. A part of the training split is held out: a prior that is not better than N(0, I) on
-it is replaced by N(0, I), and gradient ascent keeps the parameters that were best on it.
+drawn anew from them in each step. A part of the training split is held out: gradient ascent keeps the parameters that
+were best on it, and a prior takes the place of N(0, I) only if its gain there is more than two standard errors.
 """
 
 import functools
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -154,13 +154,13 @@ class Fitter:
             optax.clip_by_global_norm(1.0),
             optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps)),
         )
-        self.gain = jax.jit(self._gain)
+        self.gains = jax.jit(self._gains)
         self._advance = jax.jit(self._steps, donate_argnums=0)
         self._init = jax.jit(self.prior.init)
 
-    def _gain(self, params: priors.Params, z: Float[Array, "M L"]) -> Float[Array, ""]:
-        """The mean of log p(z) - log N(z; 0, I) in nats."""
-        return jnp.mean(self.prior.log_prob(params, z) - STANDARD_NORMAL.log_prob({}, z))
+    def _gains(self, params: priors.Params, z: Float[Array, "M L"]) -> Float[Array, " M"]:
+        """log p(z) - log N(z; 0, I) in nats."""
+        return self.prior.log_prob(params, z) - STANDARD_NORMAL.log_prob({}, z)
 
     def _steps(
         self,
@@ -186,7 +186,7 @@ class Fitter:
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = jax.lax.fori_loop(first, last, step, (state.params, state.opt_state))
-        gain = self._gain(params, held_out)
+        gain = jnp.mean(self._gains(params, held_out))
         better = gain > state.gain
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, state.best)
         return State(params, opt_state, best, jnp.where(better, gain, state.gain))
@@ -210,9 +210,10 @@ class Fitter:
                 skip(bar, num_steps)
                 return jax.device_get(checkpoints.restore(self.shapes()))
             if self.name == "flow":
-                best = self._ascend(checkpoints, key, split.train, held_out, bar)
+                candidates = [self._ascend(checkpoints, key, split.train, held_out, bar)]
             else:
-                best = self._in_closed_form(key, split.train, held_out, member.seed)
+                candidates = self._in_closed_form(key, split.train, member.seed)
+            best = self.best(candidates, held_out, len(split.held_out.mean))
             bar.update(total + num_steps - bar.n)
             checkpoints.save(num_steps, best)
             return best
@@ -221,22 +222,35 @@ class Fitter:
         """The shapes and dtypes of the parameters."""
         return jax.eval_shape(self.prior.init, jax.random.key(0))
 
-    def _in_closed_form(
-        self, key: Key[Array, ""], train: Codes, held_out: Float[np.ndarray, "M L"], seed: int
+    def best(
+        self, candidates: Sequence[priors.Params], held_out: Float[np.ndarray, "M L"], num_examples: int
     ) -> priors.Params:
-        """A Gaussian by moments, or a mixture by expectation maximisation: of the dimensions in use."""
+        """Of the candidates whose gain on draws of so many held-out examples is more than two standard errors, the one
+        with the largest gain; N(0, I) if there is none."""
+        kept, best = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.shapes()), 0.0
+        for params in candidates:
+            # Draws of one example are not independent: its mean counts once.
+            gains = np.asarray(self.gains(params, held_out), np.float64).reshape(-1, num_examples).mean(axis=0)
+            gain, error = gains.mean(), gains.std(ddof=1) / np.sqrt(num_examples)
+            if gain > max(best, 2.0 * error):
+                kept, best = params, float(gain)
+        return jax.device_get(kept)
+
+    def _in_closed_form(self, key: Key[Array, ""], train: Codes, seed: int) -> list[priors.Params]:
+        """A Gaussian by its moments, or that and a mixture by expectation maximisation, of the dimensions in use."""
         dims, latent_size = in_use(train), train.mean.shape[1]
-        nothing = jax.device_get(jax.tree.map(jnp.zeros_like, self._init(jax.random.key(0))))
         if not len(dims):
-            return nothing
-        widen = functools.partial(priors.widened, dims=dims, latent_size=latent_size)
-        if self.name == "gaussian":
-            fits = [priors.fit_gaussian(train.mean[:, dims], train.log_stddev[:, dims])]
-        else:
+            return []
+        fits = [priors.fit_gaussian(train.mean[:, dims], train.log_stddev[:, dims])]
+        if self.name == "mixture":
+            count = self.config.num_components
+            alike = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), fits[0])
             z = train.draw(key)[:, dims]
-            fits = [priors.fit_mixture(z, num_components=self.config.num_components, seed=seed)]
-        candidates = [nothing, *(jax.device_get(widen(params)) for params in fits)]
-        return max(candidates, key=lambda params: float(self.gain(params, held_out)))
+            fits = [
+                alike | {"log_weight": jnp.zeros(count, jnp.float32)},
+                priors.fit_mixture(z, num_components=count, seed=seed),
+            ]
+        return [priors.widened(params, dims=dims, latent_size=latent_size) for params in fits]
 
     def _ascend(
         self,

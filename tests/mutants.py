@@ -246,7 +246,7 @@ MUTANTS = [
     Mutant("means_for_samples", GENERATE, 'arrays = {"samples": samples,', 'arrays = {"samples": means,', MOMENTS),
     Mutant("gain_of_training", STAGE, "jax.jit(vae.prior.kl)", "jax.jit(STANDARD_NORMAL.kl)", GAIN),
     Mutant("last_not_best", LATENTS, "jnp.where(better, new, old)", "jnp.where(True, new, old)", DROPPED),
-    Mutant("always_fitted", LATENTS, "candidates = [nothing, *(", "candidates = [*(", DROPPED),
+    Mutant("always_fitted", LATENTS, "if gain > max(best, 2.0 * error):", "if gain > -1e9:", DROPPED),
     Mutant("steps_again", LATENTS, "jax.random.fold_in(key, index))", "jax.random.fold_in(key, index - first))", ON),
     Mutant("all_dimensions", LATENTS, "codes.kl() > IN_USE", "codes.kl() > -1.0", UNUSED),
     Mutant("chunks_alike", REALISM, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),

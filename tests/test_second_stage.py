@@ -159,7 +159,7 @@ def test_priors_come_near_the_best_gain(tmp_path, name):
     split = Split(*(codes(mean, stddev, seed=seed) for seed in range(3)))
     config = Config(num_components=2, num_layers=2, width=16, num_steps=400, learning_rate=1e-2)
     fitter, params = fit(tmp_path, name, split, config)
-    gain = float(fitter.gain(params, split.test.draw(jax.random.key(5), num_draws=5)))
+    gain = float(fitter.gains(params, split.test.draw(jax.random.key(5), num_draws=5)).mean())
     variance = stddev**2 + 0.01
     best = 0.5 * np.sum(variance + mean**2 - 1.0 - np.log(variance))
     assert 0.93 * best < gain < 1.05 * best
@@ -172,7 +172,30 @@ def test_prior_that_is_worse_on_the_held_out_part_is_dropped(tmp_path, name):
     config = Config(num_components=2, num_layers=2, width=8, num_steps=50, learning_rate=1e-2)
     fitter, params = fit(tmp_path, name, Split(train, other, other), config)
     z = other.draw(jax.random.key(0))
-    assert float(fitter.gain(params, z)) == pytest.approx(0.0, abs=1e-6)
+    np.testing.assert_allclose(fitter.gains(params, z), 0.0, atol=1e-5)
+
+
+def test_gain_within_chance_is_not_taken(tmp_path):
+    """Draws of the same few examples are no more evidence than these."""
+    fitter = latents.Fitter("gaussian", 2, Config())
+    params = priors.fit_gaussian(np.zeros((9, 2)), np.full((9, 2), np.log(0.8)))
+    z = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    gains = np.asarray(fitter.gains(params, z))
+    assert 0.0 < gains.mean() < 2.0 * gains.std(ddof=1) / 2.0
+    for copies in (1, 1000):
+        kept = fitter.best([params], np.tile(z, (copies, 1)), 4)
+        assert all(not leaf.any() for leaf in jax.tree.leaves(kept))
+    many = np.random.default_rng(0).normal(0.8, 0.1, size=(1000, 2)).astype(np.float32) * 0.5
+    assert fitter.best([params], many, 1000)["log_scale"].any()
+
+
+def test_mixture_is_no_worse_than_a_gaussian(tmp_path):
+    """Of few codes of a Gaussian, expectation maximisation learns the noise."""
+    split = Split(*(codes([1.0] * 4, [0.5] * 4, size=size, seed=size) for size in (60, 400, 500)))
+    _, mixture = fit(tmp_path, "mixture", split, Config(num_components=10))
+    _, gaussian = fit(tmp_path, "gaussian", split, Config())
+    for part, whole in zip(mixture["mean"], 10 * [gaussian["mean"]], strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-6)
 
 
 def test_unused_dimensions_keep_their_prior(tmp_path):
