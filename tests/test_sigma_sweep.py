@@ -571,6 +571,9 @@ def test_full_disk_is_told_from_other_errors():
 
 
 BAD = {
+    "--prior=vamp": "--prior=vamp: must be one of standard_normal, gaussian, mixture, flow",
+    "--prior=flow --latent_size=1": "--prior=flow --latent_size=1: a flow couples latent dimensions, and needs two",
+    "--prior=flow --evidence": "--evidence is for --prior=standard_normal",
     "--sigma=0": "positive",
     "--sigma=-1": "positive",
     "--sigma=1e-300": "positive",
@@ -711,3 +714,28 @@ def test_later_flag_keeps_directories_names():
     path = command.run_path(SMALL, "toy", None)
     assert command.run_path(later, "toy", None) == path
     assert command.run_path(later._replace(later=8), "toy", None) != path
+
+
+def test_prior_learns_with_the_networks(tmp_path):
+    sizes = {"num_seeds": 1, "num_steps": 30, "widths": (8,), "num_blocks": 1, "batch_size": 16}
+    config = sweep.configure(variants=("ls",), prior="gaussian", **sizes)
+    lines = []
+    summary = sigma_sweep.run(config, run_dir=str(tmp_path / "run"), echo=lines.append)
+    assert summary.prior == "gaussian"
+    assert "p(z) is a prior that learned with the networks: gaussian." in lines[-2]
+    config, summary = sweep.read_run(tmp_path / "run")
+    member = summary.members[0]
+    vae, params = sweep.trained(tmp_path / "run", config, member, summary.form)
+    assert np.all(params["prior"]["log_scale"] != 0.0)
+    mean, log_stddev = vae_lib.encode(vae, params, jnp.asarray(datasets.toy_stream().test))
+    kl = vae.prior.kl(params["prior"], mean, log_stddev, mean)
+    assert member.kl == pytest.approx(float(kl.mean()), rel=1e-4)
+
+
+def test_lv_star_goes_on_with_its_leader_s_prior():
+    config = sweep.configure(variants=("ls", "lv_star"), num_seeds=2, prior="gaussian", num_steps=3)
+    prior = {"mean": np.arange(4.0).reshape(2, 2)}
+    trained = {"encoder": {}, "decoder": {}, "prior": prior}
+    group = sweep.groups(config, "lv_star", sweep.any_record(config), trained=trained)[0]
+    begun = group.begin({"encoder": {}, "decoder": {}, "prior": {"mean": np.zeros((2, 2))}})
+    np.testing.assert_array_equal(begun["prior"]["mean"], prior["mean"])
