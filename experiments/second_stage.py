@@ -86,7 +86,8 @@ def run(
         return sizes.told("give a smaller --num_examples, --num_components or --width")(compute)
 
     place = str(path / latents.FOLDER)
-    return command.run(config, "second_stage", place, SecondStage, prepare=prepare, table=table, echo=echo)
+    late = options.of_group(Config, latents.EVALUATION)
+    return command.run(config, "second_stage", place, SecondStage, prepare=prepare, table=table, echo=echo, late=late)
 
 
 def check(path: Path, swept: sweep.Config, summary: Summary, config: Config) -> None:
@@ -247,7 +248,7 @@ class Stage:
             kls[name] = np.mean([kl(part) for part in parts], axis=0, dtype=np.float64)
         information = [
             # Of the draws of all examples, as many as take seconds.
-            float(np.mean([evaluation.information_bound(part, *split.test) for part in parts[: -(-20_000 // size)]])),
+            float(np.mean([evaluation.information_bound(*split.test, part) for part in parts[: -(-20_000 // size)]])),
             min(float(kl.mean()) for kl in kls.values()),
         ]
         gaps = self.gaps(member, under, kls) if self.config.evidence else {}

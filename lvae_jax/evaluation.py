@@ -85,7 +85,7 @@ def importance_score(
 
 
 def information_bound(
-    z: Float[np.ndarray, "N L"], mean: Float[np.ndarray, "N L"], log_stddev: Float[np.ndarray, "N L"]
+    mean: Float[np.ndarray, "N L"], log_stddev: Float[np.ndarray, "N L"], z: Float[np.ndarray, "N L"]
 ) -> float:
     """A lower bound, in expectation, on the mutual information in nats of x and z ~ q(z|x) = N(mean, diag stddev^2),
     from the posteriors of N examples with a draw z of each:
@@ -97,7 +97,7 @@ def information_bound(
     """
     import scipy.special  # here, so that the library's import need not wait for it
 
-    z, mean, log_stddev = (np.asarray(array, np.float64) for array in (z, mean, log_stddev))
+    mean, log_stddev, z = (np.asarray(array, np.float64) for array in (mean, log_stddev, z))
     precision = np.exp(-2.0 * log_stddev)
     # log q(z|x_m) as a quadratic function of z: its coefficients are products of matrices. The constants cancel.
     offset = -0.5 * np.sum(precision * mean**2, axis=1) - np.sum(log_stddev, axis=1)
