@@ -77,13 +77,13 @@ SCALES: dict[str, dict[str, Config]] = {
 }
 PARTS = tuple(SCALES["full"])
 
-# The second stages of the parts that have one. The toy's leaves out variants that end at the sigma of LS-VAEs.
+# The second stages of the parts that have one.
 STAGES: dict[str, latents.Config] = {
-    "toy": latents.Config(variant=("f", "ls", "lv")),
-    "digits": latents.Config(variant=("f", "ls", "lv")),
-    "digits_codes": latents.Config(),
+    "toy": latents.Config(variant=("ls", "lv"), num_steps=1000),
+    "digits": latents.Config(variant=("f", "ls", "lv"), num_steps=1000),
+    "digits_codes": latents.Config(variant=("ls", "lv"), num_steps=1000),
     "mnist": latents.Config(variant=("f", "ls", "lv")),
-    "mnist_codes": latents.Config(),
+    "mnist_codes": latents.Config(variant=("ls", "lv")),
 }
 SMALL_STAGE: dict[str, Any] = {"prior": ("flow",), "num_examples": 1000, "num_steps": 20, "classifier_steps": 20}
 
