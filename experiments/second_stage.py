@@ -248,7 +248,7 @@ class Stage:
             kls[name] = np.mean([kl(part) for part in parts], axis=0, dtype=np.float64)
         information = [
             # Of the draws of all examples, as many as take seconds.
-            float(np.mean([evaluation.information_bound(*split.test, part) for part in parts[: -(-20_000 // size)]])),
+            float(np.mean([evaluation.information_bound(*split.test, part) for part in parts[: -(-10_000 // size)]])),
             min(float(kl.mean()) for kl in kls.values()),
         ]
         gaps = self.gaps(member, under, kls) if self.config.evidence else {}

@@ -164,6 +164,7 @@ def with_prior(vae: VAE, params: Params, prior: Prior, prior_params: Params) -> 
 
     >>> trained = mlp_vae((2,), likelihoods.fixed(0.5), latent_size=3)
     >>> params = init(jax.random.key(0), trained)
+    >>> from lvae_jax import priors
     >>> mean, log_stddev = encode(trained, params, jax.random.normal(jax.random.key(1), (100, 2)))
     >>> fitted = priors.fit_gaussian(np.asarray(mean), np.asarray(log_stddev))
     >>> vae, params = with_prior(trained, params, priors.gaussian(3), fitted)

@@ -21,7 +21,8 @@ from lvae_jax import vae as vae_lib
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
 
-TOY = sweep.configure(variants=("f", "ls"), num_seeds=2, seed=3, num_steps=400, widths=(16,), num_blocks=1)
+# With little weight on the KL, codes are far from N(0, I).
+TOY = sweep.configure(variants=("f", "ls"), num_seeds=2, seed=3, num_steps=200, widths=(16,), num_blocks=1, beta=0.05)
 SMALL = Config(variant=("ls",), num_examples=600, num_components=3, num_layers=2, width=8, num_steps=60, batch_size=32)
 IMAGES = sweep.configure(dataset="digits", variants=("ls",), num_seeds=1, num_steps=30)._replace(
     batch_size=16, latent_size=3, widths=(4,)
@@ -50,7 +51,7 @@ def staged(swept, tmp_path_factory):
     def make(folder):
         shutil.copytree(swept, folder / "run")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(second_stage, "NUM_EVIDENCE_EXAMPLES", 100)
+            patch.setattr(second_stage, "NUM_EVIDENCE_EXAMPLES", 20)
             run(folder / "run", SMALL._replace(evidence=True))
 
     return once(tmp_path_factory, "staged", make) / "run"
@@ -87,7 +88,7 @@ def test_gain_is_the_change_of_the_elbo(staged, name):
     assert found[name].gain == pytest.approx(gains.mean(), abs=5.0 * gains.std() / np.sqrt(10_000))
     assert found[name].elbo == pytest.approx(member.elbo + found[name].gain)
     assert found[name].kl == pytest.approx(found[STANDARD].kl - found[name].gain)
-    assert found[name].gain > 0.002, "it has learned something"
+    assert found[name].gain > 0.05, "it has learned something"
     assert found[name].information[0] <= found[name].information[1] <= found[name].kl
 
 
@@ -96,14 +97,14 @@ def test_gap_is_the_sum_of_its_parts(staged):
     config, summary = sweep.read_run(staged)
     member = next(member for member in summary.members if member.variant == "ls" and member.seed == 3)
     found = {each.prior: each for each in results(staged).members if (each.variant, each.seed) == ("ls", 3)}
-    x = jnp.asarray(datasets.toy_stream().test[:100])
+    x = jnp.asarray(datasets.toy_stream().test[:20])
     true = np.asarray(sweep.domain(config).log_prob(x), np.float64)
     for name, each in found.items():
         if name == POSTERIOR:
             assert each.gap is None
             continue
         assert each.prior_gap + each.model_gap + each.posterior_gap == pytest.approx(each.gap, abs=1e-3)
-        assert each.posterior_gap > -0.1
+        assert each.posterior_gap > -0.3
         vae, params = latents.model(
             staged, config, member=member, form=summary.form, prior=None if name == STANDARD else name
         )
