@@ -79,7 +79,7 @@ def run(
     models = [latents.model(path, config, member=member, form=form, prior=prior) for member in members]
     record = Generated(
         run=str(path.resolve()),
-        summary=hashlib.sha256((path / "summary.json").read_bytes()).hexdigest(),
+        summary=latents.digest(path),
         shape=list(shape),
         unit=summary.unit,
         num_samples=num_samples,

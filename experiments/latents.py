@@ -31,7 +31,7 @@ from lvae_jax.priors import STANDARD_NORMAL, Prior
 FOLDER = "second_stage"  # in the directory of a run
 HELD_OUT = 0.1  # of the training examples
 IN_USE = 0.01  # nats: a latent dimension with a smaller mean KL is not used
-INTERVALS = 50  # between two looks at the held-out part
+INTERVALS = 50  # of a fit, each of which ends with a look at the held-out part
 CHECKPOINT_SECONDS = 60.0
 
 FITTED = ("gaussian", "mixture", "flow")  # in `priors.PRIORS`
@@ -81,7 +81,7 @@ class Codes(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The codes of the training examples, of those among them that are held out, and of the test split."""
+    """The codes of the training examples that are fitted, of those that are held out, and of the test split."""
 
     train: Codes
     held_out: Codes
@@ -225,8 +225,8 @@ class Fitter:
     def best(
         self, candidates: Sequence[priors.Params], held_out: Float[np.ndarray, "M L"], num_examples: int
     ) -> priors.Params:
-        """Of the candidates whose gain on draws of so many held-out examples is more than two standard errors, the one
-        with the largest gain; N(0, I) if there is none."""
+        """The candidate with the largest gain on draws of so many held-out examples, if that is more than two standard
+        errors; else N(0, I)."""
         kept, best = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self.shapes()), 0.0
         for params in candidates:
             # Draws of one example are not independent: its mean counts once.

@@ -57,6 +57,8 @@ def run(
             )
         echo(table(quality))
         return quality
+    if prior is not None:
+        latents.read(path)  # says at once if there is none
     places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir)
     labels = datasets.labels(config.dataset, **places)
     dataset = datasets.load(config.dataset, **sweep.data_options(config), **places)

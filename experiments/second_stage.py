@@ -65,7 +65,7 @@ def run(
     path = command.path("run_dir", run_dir)
     options.check(config._replace(variant=config.variant or ("all",)))
     swept, summary = sweep.read_run(path)
-    check(path, swept, summary, config)
+    check(path, swept, config)
     places = command.paths(data_dir=data_dir, manual_dir=manual_dir, celeba_dir=celeba_dir)
     source = data_of(path, swept, dataset, places["celeba_dir"])
     config = config._replace(summary=latents.digest(path))
@@ -90,7 +90,7 @@ def run(
     return command.run(config, "second_stage", place, SecondStage, prepare=prepare, table=table, echo=echo, late=late)
 
 
-def check(path: Path, swept: sweep.Config, summary: Summary, config: Config) -> None:
+def check(path: Path, swept: sweep.Config, config: Config) -> None:
     """Raises if these priors cannot be fitted to this run.
 
     Raises:
@@ -278,7 +278,7 @@ class Stage:
         judge: Judge | None,
         numbers: Mapping[str, Any],
     ) -> Under:
-        """What is measured of samples and means, with the `numbers` that are known already."""
+        """Measures samples and means, and joins the `numbers` that are known already."""
         measured: dict[str, Any] = {}
         if self.data.is_image:
             measured["neighbour_distance"] = float(np.median(self.neighbours(means[:NUM_NEIGHBOURS])[1]))

@@ -373,15 +373,8 @@ def groups(
     def group(name: str, part: slice) -> Group:
         def begin(params: vae_lib.Params) -> vae_lib.Params:
             taken = jax.tree.map(lambda leaf: jnp.asarray(leaf[part]), trained)
-            prior = {name: value for name, value in taken.items() if name == "prior"}
-            return (
-                params
-                | prior
-                | {
-                    "encoder": taken["encoder"],
-                    "decoder": params["decoder"] | {"first": taken["decoder"]},
-                }
-            )
+            kept = {name: taken[name] for name in ("encoder", "prior") if name in taken}
+            return params | kept | {"decoder": params["decoder"] | {"first": taken["decoder"]}}
 
         return Group(name, seeds[part], sigmas[part], begin if trained is not None else None)
 
