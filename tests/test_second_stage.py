@@ -184,6 +184,19 @@ def test_prior_that_is_worse_on_the_held_out_part_is_dropped(tmp_path, name):
     np.testing.assert_allclose(fitter.gains(params, z), 0.0, atol=1e-5)
 
 
+def test_ascent_keeps_its_best_parameters():
+    """Of two looks at the held-out part, the second is worse than what was found before the first."""
+    fitter = latents.Fitter("flow", 2, Config(num_layers=2, width=8, num_steps=10))
+    params, some = fitter.prior.init(jax.random.key(0)), Codes(*map(jnp.asarray, codes([1.0, -1.0], [0.5, 0.5])))
+    best = jax.tree.map(lambda leaf: leaf + 1.0, params)
+    state = latents.State(params, fitter._optimizer.init(params), best, jnp.asarray(1e9))
+    after = fitter._steps(state, jax.random.key(1), some, some.mean, 0, 5)
+    jax.tree.map(np.testing.assert_array_equal, after.best, best)
+    assert after.gain == 1e9
+    better = fitter._steps(state._replace(gain=jnp.asarray(-1e9)), jax.random.key(1), some, some.mean, 0, 5)
+    jax.tree.map(np.testing.assert_array_equal, better.best, better.params)
+
+
 def test_gain_within_chance_is_not_taken(tmp_path):
     """Draws of the same few examples are no more evidence than these."""
     fitter = latents.Fitter("gaussian", 2, Config())
