@@ -48,6 +48,10 @@ def run(
         what = "with --fake_data" if config.fake_data else f"of the {config.dataset}"
         raise command.UsageError(f"--run_dir={path}: a run {what}, give one of real images with labels, like digits")
     file = path / ("quality.json" if prior is None else f"quality-{prior}.json")
+    fitted = None
+    if prior is not None:
+        latents.read(path)  # says at once if there is none
+        fitted = latents.digest(path / latents.FOLDER)
     if file.exists():
         quality = results.read(file, Quality)
         if quality.classifier_steps != classifier_steps:
@@ -55,10 +59,10 @@ def run(
             raise command.UsageError(
                 f"{file} was made with --classifier_steps={steps}: give the same, or move the file"
             )
+        if quality.second_stage != fitted:
+            raise command.UsageError(f"{file} is of a prior that has been fitted anew since: move the file")
         echo(table(quality))
         return quality
-    if prior is not None:
-        latents.read(path)  # says at once if there is none
     places: dict[str, Any] = command.paths(data_dir=data_dir, manual_dir=manual_dir)
     labels = datasets.labels(config.dataset, **places)
     dataset = datasets.load(config.dataset, **sweep.data_options(config), **places)
@@ -77,6 +81,7 @@ def run(
         classifier_accuracy=judge.accuracy,
         classifier_steps=classifier_steps,
         prior=prior,
+        second_stage=fitted,
     )
     runs.write_json(file, quality.to_json())
     echo(table(quality))

@@ -379,6 +379,7 @@ class Quality(Result):
     Attributes:
       classifier_accuracy: on the test split.
       prior: the name of a fitted prior, of which z was drawn; None for that of the models.
+      second_stage: the hash of the results of the second stage that has fitted it.
     """
 
     rows: list[Realism]
@@ -387,6 +388,7 @@ class Quality(Result):
     classifier_accuracy: float
     classifier_steps: int
     prior: str | None = None
+    second_stage: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

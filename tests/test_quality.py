@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import call, run_command
 
-from experiments import command, quality, realism, report, sigma_sweep, sweep
+from experiments import command, latents, quality, realism, report, sigma_sweep, sweep
 from lvae_jax import datasets, images, measures, runs
 
 pytestmark = pytest.mark.usefixtures("plain_sweep")
@@ -180,6 +180,18 @@ def test_scored_run_is_only_reported(run_dir, monkeypatch):
     with pytest.raises(command.UsageError, match="was made with --classifier_steps=2: give the same, or move"):
         run(run_dir, classifier_steps=3)
     assert (run_dir / "quality.json").read_bytes() == before
+
+
+def test_scores_of_an_earlier_fit_are_refused(run_dir, monkeypatch):
+    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(config.variants))
+    monkeypatch.setattr(latents, "read", lambda path: None)
+    monkeypatch.setattr(latents, "digest", lambda path: "one")
+    first = run(run_dir, classifier_steps=2, prior="flow")
+    monkeypatch.setattr(datasets, "load", None)
+    assert run(run_dir, classifier_steps=2, prior="flow") == first
+    monkeypatch.setattr(latents, "digest", lambda path: "another")
+    with pytest.raises(command.UsageError, match=r"quality-flow\.json is of a prior that has been fitted anew"):
+        run(run_dir, classifier_steps=2, prior="flow")
 
 
 def fakes(variants):
