@@ -30,6 +30,7 @@ from lvae_jax.likelihoods import (
     optimal,
     quantisation_noise,
     replay,
+    tangent,
 )
 from lvae_jax.networks import Decoder, Encoder, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
 from lvae_jax.priors import Prior, sampled_kl, standard_normal
@@ -95,6 +96,7 @@ __all__ = [
     "scores",
     "standard_normal",
     "summary",
+    "tangent",
     "theory",
     "train_step",
     "train_steps",

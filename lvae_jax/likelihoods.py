@@ -15,6 +15,7 @@ Shapes: a decoder gives `outputs` [B, *S, K], K = `Likelihood.outputs` channels 
 | `optimal()` | sigma-VAE (Rybkin et al., ICML 2021) | closed form: sigma^2 = mean squared error |
 | `logistic()` | | as `learned_vector`, of a logistic distribution |
 | `mixture()` | | three decoder outputs for each component, a logistic distribution, of each data dimension |
+| `tangent(head, rank=r)` | | as the head's, of the noise beside r correlated directions, which r outputs give |
 | `discretised(head)` | | as the head's |
 | `rescaled(head)` | | as the head's, for data in other units |
 | `masked(head)` | | as the head's, for data with missing values |
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from lvae_jax import gaussians, logistics
+from lvae_jax import gaussians, logistics, low_rank
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 Params = dict[str, Any]
@@ -89,6 +90,8 @@ class Likelihood(NamedTuple):
         uncorrelated given z; then it is (x - mean) / stddev.
       log_each: (params, outputs [B, *S, K], x [B, *S]) -> [B, *S], each dimension's part of log_prob in nats, if the
         dimensions are independent given z. `masked` needs it.
+      log_stddev: (params, outputs [B, *S, K]) -> [B, *S], if p(x|z) is a Gaussian and the dimensions are independent
+        given z. `tangent` needs it.
       masked: whether a value of x may be NaN, which is one that is missing.
     """
 
@@ -103,6 +106,7 @@ class Likelihood(NamedTuple):
     log_mass: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"], Grid], Float[Array, "B *S"]] | None = None
     standardise: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
     log_each: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
+    log_stddev: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "B *S"]] | None = None
     masked: bool = False
 
 
@@ -288,6 +292,75 @@ def mixture(
     )
 
 
+def tangent(likelihood: Likelihood, *, rank: int, ramp: Schedule | None = None) -> Likelihood:
+    """N(mean, diag(stddev^2) + U U^T): the Gaussian head `likelihood` beside U, [*S, r] with r = `rank`, of the r last
+    outputs of the decoder. The columns of U can be the tangents of the data manifold at z, along which the data vary.
+
+    It is the integral over e ~ N(0, I) of N(mean + U e, diag stddev^2): e is r more latent dimensions, in which the
+    decoder is linear, with their exact posterior. So no limit of ideal networks moves: that of a model with a `fixed`
+    sigma is still `theory.best_elbo`, or `toy.best_elbo`. For linear networks it is `theory.linear_best_elbo` with r
+    more latent dimensions; how z and e share the work is then left open, and KL and U mean nothing by themselves.
+
+    A column grows only where the residuals vary by more than the head's variance, and only from a start that is not
+    zero, as that of `networks`. It needs no encoder, so that it wins against z where both could learn a direction.
+
+    stddev is that of each dimension, sqrt(stddev^2 + sum of U^2). The balance of a `learned_vector` is left out.
+
+    Args:
+      ramp: a schedule r, from 0 to 1, by which U is multiplied: as that of `learned_vector`, first z, then U.
+
+    Raises:
+      ValueError: `rank` is below 0, or the head has no `log_stddev`.
+    """
+    if rank < 0:
+        raise ValueError(f"rank must be at least 0, got {rank}")
+    if likelihood.log_stddev is None:
+        raise ValueError("this head has no log_stddev: give a Gaussian one whose dimensions are independent given z")
+    log_stddev = likelihood.log_stddev
+
+    def ramped(step: Int[Array, ""]) -> Params:
+        return {} if ramp is None else {"tangent_ramp": jnp.asarray(ramp(step), jnp.float32)}
+
+    def init() -> Params:
+        return likelihood.init() | ramped(jnp.zeros((), jnp.int32))
+
+    def update(params: Params, step: Int[Array, ""], mse: Float[Array, ""]) -> Params:
+        return likelihood.update(params, step, mse) | ramped(step)
+
+    def gaussian(params: Params, outputs: Float[Array, "B *S K"]) -> tuple[Array, Array, Array]:
+        own, factors = outputs[..., : likelihood.outputs], outputs[..., likelihood.outputs :]
+        if ramp is not None:
+            factors = jax.lax.stop_gradient(params["tangent_ramp"]) * factors
+        return likelihood.mean(params, own), log_stddev(params, own), factors
+
+    def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return likelihood.mean(params, outputs[..., : likelihood.outputs])
+
+    def stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return low_rank.stddev(*gaussian(params, outputs)[1:])
+
+    def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
+        return jax.vmap(low_rank.log_prob)(x, *gaussian(params, outputs))
+
+    def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return jax.vmap(low_rank.sample)(jax.random.split(key, len(outputs)), *gaussian(params, outputs))
+
+    def standardise(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, "B *S"]:
+        return jax.vmap(low_rank.standardise)(x, *gaussian(params, outputs))
+
+    return Likelihood(
+        outputs=likelihood.outputs + rank,
+        floor=likelihood.floor,
+        init=init,
+        update=update,
+        mean=mean,
+        stddev=stddev,
+        log_prob=log_prob,
+        sample=sample,
+        standardise=standardise,
+    )
+
+
 def optimal(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
     """sigma-VAE: N(mean, sigma^2 I), sigma^2 = the mean squared error per dimension of the batch before; `sigma` serves
     the first step.
@@ -354,7 +427,7 @@ def discretised(likelihood: Likelihood, *, levels: int = 256, dequantised: bool 
     if likelihood.log_mass is None:
         raise ValueError(
             "this head has no log_mass, the log probability of each dimension's grey level: give it one, or train on "
-            "dequantised images"
+            "dequantised images (--dequantize)"
         )
     log_mass = likelihood.log_mass
 
@@ -370,7 +443,7 @@ def discretised(likelihood: Likelihood, *, levels: int = 256, dequantised: bool 
     def sample(key: Key[Array, ""], params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return (level(likelihood.sample(key, params, outputs)) + grid.offset) / grid.scale
 
-    return likelihood._replace(mean=mean, log_prob=_summed(log_each), sample=sample, log_each=log_each)
+    return likelihood._replace(mean=mean, log_prob=_summed(log_each), sample=sample, log_each=log_each, log_stddev=None)
 
 
 def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float, scale: float) -> Likelihood:
@@ -395,7 +468,7 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
     def log_prob(params: Params, outputs: Float[Array, "B *S K"], x: Float[Array, "B *S"]) -> Float[Array, " B"]:
         return likelihood.log_prob(params, outputs, inner(x)) - math.prod(x.shape[1:]) * math.log(scale)
 
-    each, standardise = likelihood.log_each, likelihood.standardise
+    each, standardise, each_stddev = likelihood.log_each, likelihood.standardise, likelihood.log_stddev
     return likelihood._replace(
         floor=scale * likelihood.floor,
         update=lambda params, step, mse: likelihood.update(params, step, mse / scale**2),
@@ -405,6 +478,7 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
         sample=lambda key, params, outputs: middle + scale * likelihood.sample(key, params, outputs),
         log_each=each and (lambda params, outputs, x: each(params, outputs, inner(x)) - math.log(scale)),
         log_mass=None,  # of grey levels, which other units do not have
+        log_stddev=each_stddev and (lambda params, outputs: each_stddev(params, outputs) + math.log(scale)),
         standardise=standardise and (lambda params, outputs, x: standardise(params, outputs, inner(x))),
     )
 
@@ -432,7 +506,9 @@ def masked(likelihood: Likelihood) -> Likelihood:
         # Filled before and after: the gradient of what is not taken must be finite as well.
         return jnp.where(missing, 0.0, each(params, outputs, jnp.where(missing, likelihood.mean(params, outputs), x)))
 
-    return likelihood._replace(log_prob=_summed(log_each), log_each=log_each, log_mass=None, masked=True)
+    return likelihood._replace(
+        log_prob=_summed(log_each), log_each=log_each, log_mass=None, log_stddev=None, masked=True
+    )
 
 
 HEADS: dict[str, Callable[..., Likelihood]] = {
@@ -471,6 +547,9 @@ def _elementwise(
     def mean(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return outputs[..., 0]
 
+    def full_log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
+        return jnp.broadcast_to(log_stddev(params, outputs), outputs.shape[:-1])
+
     def stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "B *S"]:
         return jnp.broadcast_to(jnp.exp(log_stddev(params, outputs)), outputs.shape[:-1])
 
@@ -491,8 +570,19 @@ def _elementwise(
     ) -> Float[Array, "B *S"]:
         return _log_mass(family, k, outputs[..., 0], log_stddev(params, outputs), grid)
 
-    log_prob = _summed(log_each)
-    return Likelihood(outputs, floor, init, update, mean, stddev, log_prob, sample, log_mass, log_each=log_each)
+    return Likelihood(
+        outputs=outputs,
+        floor=floor,
+        init=init,
+        update=update,
+        mean=mean,
+        stddev=stddev,
+        log_prob=_summed(log_each),
+        sample=sample,
+        log_mass=log_mass,
+        log_each=log_each,
+        log_stddev=full_log_stddev if family is GAUSSIAN else None,
+    )
 
 
 def _log_mass(family: Family, k: Array, mean: Array, log_stddev: Array, grid: Grid) -> Array:
