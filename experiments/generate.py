@@ -132,22 +132,23 @@ def choose(
     Raises:
       command.UsageError: one of them is not in the run.
     """
-    swept = [name for name, variant in VARIANTS.items() if variant.swept]
+    there = list(dict.fromkeys(member.variant for member in members))
+    swept = [name for name in there if VARIANTS[name].swept]
     f_sigmas = [member.sigma for member in members if member.variant in swept]
-    for name, asked, there in (
-        ("variant", variants, [member.variant for member in members]),
+    for name, asked, known in (
+        ("variant", variants, there),
         ("sigma", sigmas, f_sigmas),
         ("seed", seeds, [member.seed for member in members]),
     ):
         for value in asked:
-            if value not in there:
-                known = ", ".join(map(str, dict.fromkeys(there))) or "no F-VAE"
-                raise command.UsageError(f"--{name}={value} is not in the run, which has {known}")
+            if value not in known:
+                words = ", ".join(map(str, dict.fromkeys(known))) or "no F-VAE"
+                raise command.UsageError(f"--{name}={value} is not in the run, which has {words}")
     if sigmas and variants and not set(swept) & set(variants):
         raise command.UsageError(
             f"--sigma chooses among F-VAEs: leave it out, or add {swept[0]} to --variant={variants[0]}"
         )
-    variants = variants or (swept if sigmas else list(VARIANTS))
+    variants = variants or (swept if sigmas else there)
     return [
         member
         for member in members

@@ -47,7 +47,7 @@ class Pictures(NamedTuple):
 
 class Examination(NamedTuple):
     """Results for each example. scores, details: see `evaluation.examine`; code_elbo: of data with grey levels, the
-    ELBO in nats of their probabilities, see `evaluation.as_probabilities`."""
+    ELBO in nats of their probabilities, see `evaluation.as_probabilities`; None if the head knows none."""
 
     scores: Scores
     details: diagnostics.Details
@@ -158,7 +158,7 @@ class Programs:
             data = self.dataset.test_batch(x, stream_key(seed, Stream.TEST_DATA), index)
             vae, key = self._make_vae(sigma), stream_key(seed, Stream.EXAMINE)
             examination = Examination(*evaluation.examine(key, vae, params, data, index), code_elbo=None)
-            if self.dataset.levels is None:
+            if self.dataset.levels is None or vae.likelihood.log_mass is None:
                 return examination
             terms = vae_lib.elbo(example_keys(key, index), self._as_code(vae), params, data)  # at the same z
             return examination._replace(code_elbo=terms.elbo)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
 
 # One colour for a variant in all figures.
-COLOURS = dict(zip((variant.title for variant in VARIANTS.values()), figures.MODEL_COLOURS, strict=False))
+COLOURS = {variant.title: colour for variant, colour in zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=True)}
 AVERAGED = [field.name for field in dataclasses.fields(Scored) if field.name not in ("variant", "diagnosis")]
 
 AnyScored = TypeVar("AnyScored", bound=Scored)
@@ -131,7 +131,8 @@ def draw(
         for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
         if VARIANTS[part[0].variant].sigma is not Sigma.CONSTANT
     }
-    colours = COLOURS if learned else None  # where all models are F-VAEs, colours tell their sigmas apart
+    # Where all models are F-VAEs, colours tell their sigmas apart.
+    colours = _colours(member.variant for member in summary.members) if learned else None
     drawings: dict[str, Callable[[], figures.Figure]] = {
         "samples": lambda: draw_panels(panels, unit=summary.unit),
         "losses": lambda: figures.losses(all_curves),
@@ -156,13 +157,13 @@ def write_figures(
 
 def _elbo_against_sigma(summary: Summary) -> Any:
     columns: dict[str, dict[str, np.ndarray]] = {}
-    maps = [variant.title for variant in VARIANTS.values() if variant.sigma is Sigma.MAP]
-    for name, variant in VARIANTS.items():
+    names = list(dict.fromkeys(member.variant for member in summary.members))
+    maps = [VARIANTS[name].title for name in names if VARIANTS[name].sigma is Sigma.MAP]
+    for name in names:
         part = [member for member in summary.members if member.variant == name]
-        if part:
-            columns[variant.title] = {
-                name: np.array([getattr(member, name) for member in part]) for name in ("sigma", "elbo", "mse", "kl")
-            }
+        columns[VARIANTS[name].title] = {
+            name: np.array([getattr(member, name) for member in part]) for name in ("sigma", "elbo", "mse", "kl")
+        }
     sigmas = np.concatenate([column["sigma"] for column in columns.values()])
     grid = np.geomspace(0.3 * sigmas.min(), 3.0 * sigmas.max(), 200)
     reused = {
@@ -183,5 +184,15 @@ def _elbo_against_sigma(summary: Summary) -> Any:
         limits=np.array(limited).reshape(-1, 2).T,
         bound=None if summary.entropy is None else -summary.entropy,
         unit=summary.unit,
-        colours=COLOURS,
+        colours=_colours(names),
     )
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """The colours of these variants by title. Those of one kind that differ in rank have that of their kind, from
+    light to dark."""
+    colours = {VARIANTS[name].title: COLOURS[VARIANTS[VARIANTS.base(name)].title] for name in names}
+    for colour in set(colours.values()):
+        titles = [title for title, other in colours.items() if other == colour]
+        colours |= zip(titles, figures.shades(colour, len(titles)), strict=True)
+    return colours

@@ -88,6 +88,13 @@ def check(config: Config, **places: Any) -> None:
     unknown = [variant for variant in config.variants if variant not in VARIANTS]
     if unknown:
         raise command.UsageError(f"--variants: unknown {unknown[0]!r}, known are {', '.join(VARIANTS)}")
+    if config.rank != Config().rank:
+        raise command.UsageError("--rank is for tangent: add it to --variants, or leave --rank out")
+    for variant in config.variants:
+        if config.discretise and not VARIANTS[variant].discrete:
+            raise command.UsageError(
+                f"--variants={variant} gives grey levels no probabilities: add --dequantize or --density"
+            )
     followers = [variant for variant in FOLLOWERS if variant in config.variants]
     leads = LEADER in config.variants
     if followers and not leads and config.sigma_from is None:
@@ -202,7 +209,7 @@ def train_all(
     `source` is a run with whose weights the models begin.
     """
     train = loop.place(dataset, pace)
-    order = [variant for variant in VARIANTS if variant in config.variants]
+    order = VARIANTS.in_order(config.variants)
     programs = compile_all(config, dataset, order)
     # The run keeps its own copy: it must resume to the same bits if the other run is gone.
     if record is not None:

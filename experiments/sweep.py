@@ -101,6 +101,10 @@ class Config(NamedTuple):
         str,
         Option(DATA, DATASETS),
     ] = "toy"
+    rank: Annotated[
+        tuple[int, ...],
+        Option(COMPARISON, "ranks of tangent's covariance, one model for each", at_least(0)),
+    ] = (10,)
     num_seeds: Annotated[
         int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1, at_most=100_000))
     ] = 3
@@ -294,6 +298,10 @@ def configure(**options: Any) -> Config:
     if given.get("dequantize"):
         defaults = defaults | {"discretise": False}
     values = defaults | given
+    variants = values.get("variants", ())
+    ranked = VARIANTS.with_ranks(variants, values.get("rank", Config().rank))
+    if ranked != variants:  # each rank is a variant, whose name tells it
+        values |= {"variants": ranked, "rank": Config().rank}
     learning = PROBABILITY_DEFAULTS if values.get("discretise") else DENSITY_DEFAULTS
     if "init_from" in given:  # these models are past their start
         learning = dict.fromkeys(learning, 0.0)

@@ -3,7 +3,8 @@ claims of the paper. A new one is one more row."""
 
 import enum
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,11 @@ def scheduled(sigma: Float[Array, " T+1"]) -> Likelihood:
     return likelihoods.fixed(likelihoods.replay(sigma))
 
 
+def tangent(sigma: Any, *, rank: int = 10, ramp: Schedule | None = None, **options: Any) -> Likelihood:
+    """The head of `learned_vector` with tangents: first z learns, then both log sigma and the tangents."""
+    return likelihoods.tangent(likelihoods.learned_vector(sigma, ramp=ramp, **options), rank=rank, ramp=ramp)
+
+
 class Variant(NamedTuple):
     """A kind of VAE in a sweep.
 
@@ -64,6 +70,8 @@ class Variant(NamedTuple):
         follow.
       warmup: the weight of the KL rises from 0, over the first half of the steps.
       after_leader: encoder and mean are the leader's, trained and frozen.
+      ranked: it has one member for each value of --rank; `VARIANTS` has each by its name and its rank.
+      discrete: grey levels have probabilities under its head.
     """
 
     title: str
@@ -75,6 +83,8 @@ class Variant(NamedTuple):
     follow: Callable[[Record, int], np.ndarray] | None = None
     warmup: bool = False
     after_leader: bool = False
+    ranked: bool = False
+    discrete: bool = True
 
     @property
     def program(self) -> tuple[Any, ...]:
@@ -84,28 +94,72 @@ class Variant(NamedTuple):
 
 LEARNED_BY_DECODER = ("gain", "balance", "ramp", "floor")
 
-VARIANTS: dict[str, Variant] = {
-    "f": Variant("F-VAE", likelihoods.fixed, Sigma.CONSTANT, swept=True),
-    "ls": Variant("LS-VAE", likelihoods.learned_scalar, Sigma.LEARNED, takes=("floor",), leads=True),
-    "lv": Variant("LV-VAE", likelihoods.learned_vector, Sigma.MAP, takes=LEARNED_BY_DECODER),
-    "optimal": Variant("sigma-VAE", likelihoods.optimal, Sigma.LEARNED, takes=("floor",)),
-    "f_star": Variant("F*-VAE", likelihoods.fixed, Sigma.CONSTANT, follow=last),
-    "replay": Variant("replayed F-VAE", scheduled, Sigma.SCHEDULED, follow=whole),
-    "geometric": Variant("annealed F-VAE", scheduled, Sigma.SCHEDULED, follow=geometric),
-    "kl_warmup": Variant("F*-VAE, KL warm-up", likelihoods.fixed, Sigma.CONSTANT, follow=last, warmup=True),
-    "learned_map": Variant("learned-map VAE", likelihoods.learned_map, Sigma.MAP, takes=("shape", "floor")),
-    "lv_star": Variant(
-        "LV*-VAE",
-        # With a ramp, even a constant one, the leader's sigma is a parameter, which checkpoints keep.
-        functools.partial(likelihoods.learned_vector, ramp=optax.constant_schedule(1.0)),
-        Sigma.MAP,
-        takes=("gain", "floor"),
-        follow=last,
-        after_leader=True,
-    ),
-    "logistic": Variant("logistic VAE", likelihoods.logistic, Sigma.MAP, takes=LEARNED_BY_DECODER),
-    "mixture": Variant("mixture VAE", likelihoods.mixture, Sigma.MAP, takes=("gain", "num_components", "floor")),
-}
+
+class Variants(dict[str, Variant]):
+    """Variants by name; a ranked one also by its name and a rank, as tangent_10."""
+
+    def __missing__(self, name: str) -> Variant:
+        base, rank = self.base(name), name.rpartition("_")[2]
+        if base == name or not rank.isdecimal() or not self[base].ranked:
+            raise KeyError(name)
+        return _of_rank(self[base], int(rank))
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[str(name)]
+        except KeyError:
+            return False
+        return True
+
+    def base(self, name: str) -> str:
+        """The name without a rank."""
+        return name if name in self.keys() else name.rpartition("_")[0]
+
+    def with_ranks(self, names: Iterable[str], ranks: Iterable[int]) -> tuple[str, ...]:
+        """The names, each that is ranked once for each rank."""
+        ranked = {name for name, variant in self.items() if variant.ranked}
+        found = [[f"{name}_{rank}" for rank in ranks] if name in ranked else [name] for name in names]
+        return tuple(itertools.chain.from_iterable(found))
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """The names in the order of the table, of which followers come after their leader."""
+        return sorted(names, key=lambda name: list(self).index(self.base(name)))
+
+
+@functools.cache  # one object for each: programs are found by their head
+def _of_rank(variant: Variant, rank: int) -> Variant:
+    return variant._replace(
+        title=f"{variant.title}, rank {rank}", head=functools.partial(variant.head, rank=rank), ranked=False
+    )
+
+
+VARIANTS = Variants(
+    {
+        "f": Variant("F-VAE", likelihoods.fixed, Sigma.CONSTANT, swept=True),
+        "ls": Variant("LS-VAE", likelihoods.learned_scalar, Sigma.LEARNED, takes=("floor",), leads=True),
+        "lv": Variant("LV-VAE", likelihoods.learned_vector, Sigma.MAP, takes=LEARNED_BY_DECODER),
+        "optimal": Variant("sigma-VAE", likelihoods.optimal, Sigma.LEARNED, takes=("floor",)),
+        "f_star": Variant("F*-VAE", likelihoods.fixed, Sigma.CONSTANT, follow=last),
+        "replay": Variant("replayed F-VAE", scheduled, Sigma.SCHEDULED, follow=whole),
+        "geometric": Variant("annealed F-VAE", scheduled, Sigma.SCHEDULED, follow=geometric),
+        "kl_warmup": Variant("F*-VAE, KL warm-up", likelihoods.fixed, Sigma.CONSTANT, follow=last, warmup=True),
+        "learned_map": Variant("learned-map VAE", likelihoods.learned_map, Sigma.MAP, takes=("shape", "floor")),
+        "lv_star": Variant(
+            "LV*-VAE",
+            # With a ramp, even a constant one, the leader's sigma is a parameter, which checkpoints keep.
+            functools.partial(likelihoods.learned_vector, ramp=optax.constant_schedule(1.0)),
+            Sigma.MAP,
+            takes=("gain", "floor"),
+            follow=last,
+            after_leader=True,
+        ),
+        "logistic": Variant("logistic VAE", likelihoods.logistic, Sigma.MAP, takes=LEARNED_BY_DECODER),
+        "mixture": Variant("mixture VAE", likelihoods.mixture, Sigma.MAP, takes=("gain", "num_components", "floor")),
+        "tangent": Variant(
+            "tangent VAE", tangent, Sigma.MAP, takes=("gain", "ramp", "floor"), ranked=True, discrete=False
+        ),
+    }
+)
 LEADER = next(name for name, variant in VARIANTS.items() if variant.leads)
 FOLLOWERS = tuple(name for name, variant in VARIANTS.items() if variant.follow is not None)
 

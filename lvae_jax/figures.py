@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
-# Matplotlib's ten without C7, the grey of other lines, and three more.
-MODEL_COLOURS = (*(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "#393b79", "#7b4173", "#e7ba52")
+# Matplotlib's ten without C7, the grey of other lines, and four more.
+MODEL_COLOURS = (*(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "#393b79", "#7b4173", "#e7ba52", "#637939")
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 
@@ -364,6 +365,13 @@ def elbo_against_sigma(
     axis.set_xlim(sigmas.min() / 2.0, sigmas.max() * 2.0)
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
+
+
+def shades(colour: str, number: int) -> list[str]:
+    """So many shades of a colour, from light to dark; of one, the colour itself."""
+    lightness = np.linspace(0.5, 0.0, number) if number > 1 else np.zeros(number)
+    dark = np.array(to_rgb(colour))
+    return [to_hex(tuple(dark + light * (1.0 - dark))) for light in lightness]
 
 
 def _in_order(titles: Iterable[str]) -> dict[str, str]:
