@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.programs import Pictures
 from experiments.results import Limits, ToyMeasures
-from lvae_jax import datasets, figures, measures, toy
+from lvae_jax import datasets, figures, measures, ribbon, toy
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import of_seed
 
@@ -35,6 +35,8 @@ class Domain(NamedTuple):
       measure: (pictures [M, ...], their originals, dataset) -> measures of the pictures.
       limits: (dataset) -> the exact limits of the data, as far as they are known.
       log_prob: x [B, *S] -> log p(x) of the true density in nats, [B]; None if it is not known.
+      best_elbo: (sigma) -> the largest mean ELBO of any networks at this fixed sigma in nats, an interval; None if it
+        is not known.
     """
 
     make_vae: Callable[..., vae_lib.VAE]
@@ -49,6 +51,7 @@ class Domain(NamedTuple):
     measure: Callable[[Pictures, np.ndarray, datasets.Dataset], Measures]
     limits: Callable[[datasets.Dataset], Limits]
     log_prob: Callable[[Any], Any] | None = None
+    best_elbo: Callable[[float], tuple[float, float]] | None = None
 
 
 def image_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
@@ -82,7 +85,27 @@ def toy_measures(reconstructions: np.ndarray, samples: np.ndarray, x: np.ndarray
 def _measure_toy(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
     pairs = zip(pictures.reconstructions, pictures.samples, strict=True)
     measured = [toy_measures(*pair, originals, dataset.test).to_json() for pair in pairs]
-    return {name: [of_member[name] for of_member in measured] for name in measured[0]}
+    columns = {name: [of_member[name] for of_member in measured] for name in measured[0]}
+    return columns | alignments(pictures, lambda x: toy.tangent(toy.nearest(x)))
+
+
+def _measure_ribbon(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
+    tangents = alignments(pictures, lambda x: ribbon.across(ribbon.nearest(x)))
+    return point_measures(pictures, originals, dataset) | tangents
+
+
+def alignments(pictures: Pictures, direction: Callable[[Any], Any]) -> Measures:
+    """How well tangents find the direction of the data, for each member: the mean over reconstructions of |Q^T t|, with
+    t = direction(x) [B, n] of unit length and Q an orthonormal basis of the tangents. It is the cosine of the angle
+    between t and their span; none for models without tangents."""
+    if pictures.axes is None:
+        return {}
+    found = []
+    for axes, x in zip(pictures.axes, pictures.reconstructions, strict=True):
+        basis = axes / np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), 1e-12)
+        true = np.asarray(direction(jnp.asarray(x)))
+        found.append(float(np.mean(np.linalg.norm(np.einsum("bnk,bn->bk", basis, true), axis=-1))))
+    return {"alignment": found}
 
 
 def point_measures(pictures: Pictures, originals: np.ndarray, dataset: datasets.Dataset) -> Measures:
@@ -113,6 +136,14 @@ TOY = Domain(
     measure=_measure_toy,
     limits=toy_limits,
     log_prob=toy.log_prob,
+    best_elbo=toy.best_elbo,
+)
+RIBBON = TOY._replace(
+    draw=figures.space_panels,
+    measure=_measure_ribbon,
+    limits=lambda dataset: Limits(entropy=ribbon.entropy()),
+    log_prob=ribbon.log_prob,
+    best_elbo=None,
 )
 IMAGES = Domain(
     make_vae=vae_lib.conv_vae,
@@ -134,7 +165,9 @@ POINTS = TOY._replace(
     measure=point_measures,
     limits=lambda dataset: Limits(),
     log_prob=None,
+    best_elbo=None,
 )
+SYNTHETIC = {"toy": TOY, "ribbon": RIBBON}
 OWN = {"points": POINTS, "images": IMAGES, "float images": IMAGES._replace(has_levels=False)}
 """The kinds of data in files of one's own, by name."""
 
@@ -143,4 +176,4 @@ def of(name: str, kind: str | None = None) -> Domain:
     """The kind of the data set called `name`, in `OWN` the name of that of data in files."""
     if kind is not None:
         return OWN[kind]
-    return TOY if name == "toy" else IMAGES
+    return SYNTHETIC.get(name, IMAGES)

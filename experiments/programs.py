@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lvae_jax import devices, diagnostics, evaluation, runs, training
+from lvae_jax import devices, diagnostics, evaluation, low_rank, runs, training
 from lvae_jax import vae as vae_lib
 from lvae_jax.datasets import Dataset, to_float
 from lvae_jax.keys import Stream, example_keys, stream_key
@@ -35,14 +35,19 @@ class Group(NamedTuple):
     begin: Callable[[vae_lib.Params], vae_lib.Params] | None = None
 
 
+NUM_AXES = 3  # of tangents, in figures and measures
+
+
 class Pictures(NamedTuple):
     """Pictures of one model: the mean and stddev of p(x|z), z drawn from q(z|x), for given examples [B, *S]; samples
-    from the prior with their means, likewise."""
+    from the prior with their means, likewise. axes: of the tangents at the reconstructions, [B, *S, k], the first
+    `NUM_AXES` of `low_rank.principal_axes`; None for models without any."""
 
     reconstructions: Float[np.ndarray, "..."]
     reconstruction_stddevs: Float[np.ndarray, "..."]
     samples: Float[np.ndarray, "..."]
     sample_means: Float[np.ndarray, "..."]
+    axes: Float[np.ndarray, "..."] | None = None
 
 
 class Examination(NamedTuple):
@@ -184,14 +189,17 @@ class Programs:
         # Member by member: the nodes of all at once would not fit into memory.
         return jax.lax.map(one, (sigmas, states.weights))
 
-    def _pictures_all(self, seeds: Array, sigmas: Array, states: TrainState, x: Array) -> tuple[Array, ...]:
-        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> tuple[Array, ...]:
+    def _pictures_all(self, seeds: Array, sigmas: Array, states: TrainState, x: Array) -> tuple[Array | None, ...]:
+        def one(seed: Array, sigma: Array, params: vae_lib.Params) -> tuple[Array | None, ...]:
             vae, key, prior_key = self._make_vae(sigma), *jax.random.split(stream_key(seed, Stream.PICTURES))
             data = to_float(x, levels=self.dataset.levels)
             # The posterior's mean would not do: in many dimensions it lies where no draw ever is.
             terms = vae_lib.elbo(example_keys(key, jnp.arange(len(x))), vae, params, data)
             samples, means, _ = vae_lib.generate(prior_key, vae, params, num_samples=len(x))
-            return terms.mean, terms.stddev, samples, means
+            axes = None
+            if terms.factors is not None:
+                axes = jax.vmap(low_rank.principal_axes)(terms.factors)[..., :NUM_AXES]
+            return terms.mean, terms.stddev, samples, means, axes
 
         return jax.vmap(one)(seeds, sigmas, states.weights)
 

@@ -5,14 +5,14 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from experiments import statistics, tables
 from experiments.results import Member, Row, Scored, Summary
 from experiments.variants import LEADER, VARIANTS, Sigma
-from lvae_jax import evaluation, figures, runs, toy
+from lvae_jax import evaluation, figures, runs
 from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
 
@@ -20,12 +20,22 @@ from lvae_jax.evaluation import Kind
 COLOURS = {variant.title: colour for variant, colour in zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=True)}
 AVERAGED = [field.name for field in dataclasses.fields(Scored) if field.name not in ("variant", "diagnosis")]
 
-AnyScored = TypeVar("AnyScored", bound=Scored)
+
+class OfRow(Protocol):
+    """A result of a row of a sweep."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def sigma(self) -> float: ...
 
 
-def by_row(results: Sequence[AnyScored]) -> dict[str, list[AnyScored]]:
+AnyOfRow = TypeVar("AnyOfRow", bound=OfRow)
+
+
+def by_row(results: Sequence[AnyOfRow]) -> dict[str, list[AnyOfRow]]:
     """Members or rows by the title of their row: seeds are pooled, and F-VAEs told apart by their sigma."""
-    rows: dict[str, list[AnyScored]] = {}
+    rows: dict[str, list[AnyOfRow]] = {}
     for result in results:
         variant = VARIANTS[result.variant]
         title = variant.title + (f", sigma = {result.sigma}" if variant.swept else "")
@@ -84,15 +94,18 @@ def _diagnosis(diagnoses: Sequence[str]) -> str:
     )
 
 
-def with_limits(row: Row, test_log_prob: float) -> Row:
-    """The row of the toy with its gap: the mean log p(x) of the test examples less the ELBO, in nats; and where sigma
-    is one number, the part of it that this sigma imposes on any networks, an interval."""
+def with_limits(
+    row: Row, test_log_prob: float, *, entropy: float, best_elbo: Callable[[float], tuple[float, float]] | None
+) -> Row:
+    """The row of data of known density with its gap: the mean log p(x) of the test examples less the ELBO, in nats; and
+    where sigma is one number and its `best_elbo` is known, the part of the gap that this sigma imposes on any networks,
+    an interval."""
     row = dataclasses.replace(row, gap=test_log_prob - row.elbo)
     # No one sigma, no limit at it.
-    if VARIANTS[row.variant].sigma is Sigma.MAP:
+    if best_elbo is None or VARIANTS[row.variant].sigma is Sigma.MAP:
         return row
-    low, high = toy.best_elbo(row.sigma)
-    return dataclasses.replace(row, best_elbo=[low, high], sigma_gap=[-toy.entropy() - high, -toy.entropy() - low])
+    low, high = best_elbo(row.sigma)
+    return dataclasses.replace(row, best_elbo=[low, high], sigma_gap=[-entropy - high, -entropy - low])
 
 
 def line(title: str, row: Row) -> str:

@@ -107,6 +107,7 @@ class Scored(Result):
       model_gap, posterior_gap, evidence_error: the true log p(x) less the model's; the model's less the ELBO; the error
         of the quadrature for both.
       curve_distance, noise_kept, sliced_wasserstein: see `domains.toy_measures`.
+      alignment: see `domains.alignment`.
       sharpness, sample_noise: see `domains.image_measures`.
     """
 
@@ -136,6 +137,7 @@ class Scored(Result):
     curve_distance: float | None = None
     noise_kept: float | None = None
     sliced_wasserstein: float | None = None
+    alignment: float | None = None
     sharpness: float | None = None
     sample_noise: float | None = None
 
@@ -458,6 +460,43 @@ class SecondStage(Result):
     num_examples: int
     num_held_out: int
     num_test_examples: int
+    device: str
+    jax: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadroomRow(Result):
+    """What one kind of covariance would win over a row of a sweep, the mean over its seeds.
+
+    Attributes:
+      kind: see `headroom.headroom`.
+      nats, bits: the gain in nats, and in bits per dimension.
+      nats_sd: over seeds, 0 for a single one.
+      error: the standard error over test examples, of the first seed.
+    """
+
+    variant: str
+    sigma: float
+    kind: str
+    nats: float
+    nats_sd: float
+    bits: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Headroom(Result):
+    """A finished run of `experiments.headroom`.
+
+    Attributes:
+      num_train, num_test: examples to whose residuals covariances were fitted, and those on which they were judged.
+    """
+
+    rows: list[HeadroomRow]
+    num_seeds: int
+    num_train: int
+    num_test: int
+    dequantised: bool
     device: str
     jax: str
 

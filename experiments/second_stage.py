@@ -29,7 +29,7 @@ from experiments import command, hosts, latents, options, realism, report, sizes
 from experiments.latents import Config, Fitter, Split
 from experiments.realism import Judge
 from experiments.results import Member, Quality, SecondStage, Staged, StageMember, StageRow, Summary
-from lvae_jax import celeba, datasets, evaluation, figures, files, measures
+from lvae_jax import datasets, evaluation, figures, measures
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import Stream, example_keys, of_seed, stream_key
 from lvae_jax.priors import STANDARD_NORMAL
@@ -67,7 +67,7 @@ def run(
     swept, summary = sweep.read_run(path)
     check(path, swept, config)
     places = command.paths(data_dir=data_dir, manual_dir=manual_dir, celeba_dir=celeba_dir)
-    source = data_of(path, swept, dataset, places["celeba_dir"])
+    source = sweep.source(path, swept, dataset, places["celeba_dir"])
     config = config._replace(summary=latents.digest(path))
 
     def prepare(folder: Path) -> Callable[[], SecondStage]:
@@ -115,24 +115,6 @@ def check(path: Path, swept: sweep.Config, config: Config) -> None:
             ) from None
     if config.evidence and (sweep.domain(swept).log_prob is None or swept.latent_size > 2):
         raise command.UsageError("--evidence is for runs of the toy with one or two latent dimensions: leave it out")
-
-
-def data_of(path: Path, swept: sweep.Config, dataset: str | None, celeba_dir: str | None) -> str:
-    """The name or the path of the run's data, which are checked to be the same as then.
-
-    Raises:
-      command.UsageError: the message, one line, names the flag.
-    """
-    if (swept.own_files is None) != (dataset is None):
-        fix = "give the file or folder of" if dataset is None else "leave it out, this is no run on"
-        raise command.UsageError(f"--dataset: {fix} data of your own")
-    if dataset is not None and (not files.is_path(dataset) or files.fingerprint(dataset) != swept.own_files):
-        raise command.UsageError(f"--dataset={dataset}: not the data of the run in {path}, {swept.dataset}")
-    there = None if celeba_dir is None else celeba.fingerprint(celeba_dir)
-    if there != swept.celeba_files:
-        fix = "give the folder of the run's images" if celeba_dir is None else "not the images of the run"
-        raise command.UsageError(f"--celeba_dir: {fix}")
-    return swept.dataset if dataset is None else dataset
 
 
 def labels_of(swept: sweep.Config, data: datasets.Dataset, **places: Any) -> tuple[np.ndarray, np.ndarray] | None:

@@ -124,7 +124,8 @@ def check(config: Config, **places: Any) -> None:
         raise command.UsageError(EXCLUDING)
     if config.evidence and (domain.log_prob is None or config.latent_size > 2):
         raise command.UsageError(
-            "--evidence is for --dataset=toy with --latent_size 1 or 2: use --num_importance_samples elsewhere"
+            f"--evidence is for --dataset={' and '.join(datasets.SYNTHETIC)} with --latent_size 1 or 2: use "
+            "--num_importance_samples elsewhere"
         )
     if config.evidence and config.prior != Config().prior:
         raise command.UsageError(
@@ -332,10 +333,11 @@ def train_variant(
 def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], members: list[Member]) -> Summary:
     """The content of summary.json. Rows get the limits of the data, if these are known."""
     domain = sweep.domain(config)
-    if domain.log_prob is not None:
-        log_prob = np.concatenate([domain.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
-        rows = [report.with_limits(row, float(log_prob.mean())) for row in rows]
     limits = domain.limits(dataset)
+    if domain.log_prob is not None and limits.entropy is not None:
+        log_prob = np.concatenate([domain.log_prob(jnp.asarray(part)) for part in np.split(dataset.test, 10)])
+        known: dict[str, Any] = {"entropy": limits.entropy, "best_elbo": domain.best_elbo}
+        rows = [report.with_limits(row, float(log_prob.mean()), **known) for row in rows]
     return Summary(
         rows=rows,
         members=members,
@@ -409,9 +411,9 @@ def evaluate(
         evidence, columns["evidence_error"] = programs.evidence(group, states, x)
         columns["model_gap"] = np.mean(domain.log_prob(jnp.asarray(x))[None] - evidence, axis=-1)
         columns["posterior_gap"] = np.mean(evidence - scores.elbo[:, :NUM_EVIDENCE_EXAMPLES], axis=-1)
-    shown = dataset.test[: domain.num_pictures]
-    data = np.asarray(datasets.to_float(shown, levels=dataset.levels))
-    pictures = programs.pictures(group, states, shown)
+    stored = dataset.test[: domain.num_pictures]
+    data = np.asarray(datasets.to_float(stored, levels=dataset.levels))
+    pictures = programs.pictures(group, states, stored)
     if not dataset.masked:  # all of them compare whole examples
         columns |= domain.measure(pictures, data, dataset)
     # JSON has no NaN: better one line now than a traceback after hours of training.
@@ -442,7 +444,8 @@ def evaluate(
         members.append(member)
         title = f"{VARIANTS[variant].title}, sigma = {sigma:.3g}"
         drawn = slice(domain.num_in_panels)
-        panels.append(figures.Panel(title, data[drawn], *(field[index][drawn] for field in pictures)))
+        shown: Any = (None if field is None else field[index][drawn] for field in pictures)
+        panels.append(figures.Panel(title, data[drawn], *shown))
     return members, panels
 
 

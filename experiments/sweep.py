@@ -77,8 +77,8 @@ TestFraction = Annotated[
     Option(DATA, "part of the examples of a file or folder without a test split that is drawn as one, always the same"),
 ]
 DATASETS = (
-    "toy, digits, mnist, celeb_a, the TFDS name of another image data set with train and test splits, or a path like "
-    "./faces: a folder of images, or a .npy or .npz file of uint8 images or of floats [N, D], points"
+    "toy, ribbon, digits, mnist, celeb_a, the TFDS name of another image data set with train and test splits, or a "
+    "path like ./faces: a folder of images, or a .npy or .npz file of uint8 images or of floats [N, D], points"
 )
 FakeData = Annotated[bool, Option(DATA, "synthetic images of the data set's shape, to try the pipeline offline")]
 
@@ -293,7 +293,8 @@ def configure(**options: Any) -> Config:
         of_kind = POINT_DEFAULTS if kind == "points" else IMAGE_DEFAULTS
         defaults = of_kind | {"own_kind": kind, "discretise": has_levels}
     else:
-        by_name = {"toy": TOY_DEFAULTS, "digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}
+        by_name = dict.fromkeys(datasets.SYNTHETIC, TOY_DEFAULTS)
+        by_name |= {"digits": DIGITS_DEFAULTS, "celeb_a": CELEBA_DEFAULTS}
         defaults = by_name.get(name.partition(":")[0], IMAGE_DEFAULTS)  # TFDS takes a version behind a colon
     if given.get("dequantize"):
         defaults = defaults | {"discretise": False}
@@ -468,6 +469,24 @@ def read_run(path: Path) -> tuple[Config, Summary]:
     summary = results.read(path / "summary.json", Summary)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     return Config._make(values[name] for name in Config._fields), summary
+
+
+def source(path: Path, config: Config, dataset: str | None, celeba_dir: str | None) -> str:
+    """The name or the path of the run's data, which are checked to be the same as then.
+
+    Raises:
+      command.UsageError: the message, one line, names the flag.
+    """
+    if (config.own_files is None) != (dataset is None):
+        fix = "give the file or folder of" if dataset is None else "leave it out, this is no run on"
+        raise command.UsageError(f"--dataset: {fix} data of your own")
+    if dataset is not None and (not files.is_path(dataset) or files.fingerprint(dataset) != config.own_files):
+        raise command.UsageError(f"--dataset={dataset}: not the data of the run in {path}, {config.dataset}")
+    there = None if celeba_dir is None else celeba.fingerprint(celeba_dir)
+    if there != config.celeba_files:
+        fix = "give the folder of the run's images" if celeba_dir is None else "not the images of the run"
+        raise command.UsageError(f"--celeba_dir: {fix}")
+    return config.dataset if dataset is None else dataset
 
 
 def trained_vae(config: Config, variant: str, form: datasets.Form) -> vae_lib.VAE:

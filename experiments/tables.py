@@ -11,6 +11,8 @@ import tabulate
 
 from experiments.results import (
     Directions,
+    Headroom,
+    HeadroomRow,
     Quality,
     Realism,
     Row,
@@ -62,6 +64,7 @@ SWEEP: tuple[Column[Row], ...] = (
     Column("due to sigma", lambda row: number(row.sigma_gap[0], ".3f") if row.sigma_gap else None),
     Column("to model", lambda row: number(row.model_gap)),
     Column("to posterior", lambda row: number(row.posterior_gap)),
+    Column("alignment", lambda row: number(row.alignment)),
     Column("sharpness", lambda row: number(row.sharpness, ".3f")),
     Column("sample noise", lambda row: number(row.sample_noise)),
     Column("nats/dim", lambda row: number(row.nats_per_dimension)),
@@ -93,6 +96,14 @@ STAGE: tuple[Column[StageRow], ...] = (
     Column("to posterior", lambda row: number(row.posterior_gap)),
     Column("Wasserstein", lambda row: number(row.sliced_wasserstein)),
     Column("to nearest", lambda row: number(row.neighbour_distance)),
+)
+HEADROOM: tuple[Column[HeadroomRow], ...] = (
+    Column("", lambda row: VARIANTS[row.variant].title + (f", {row.sigma:.4g}" if VARIANTS[row.variant].swept else "")),
+    Column("covariance of the residuals", lambda row: row.kind),
+    Column("gain [nats]", lambda row: number(row.nats, "+.4g")),
+    Column("over seeds", lambda row: number(row.nats_sd, ".2g")),
+    Column("error", lambda row: number(row.error, ".2g")),
+    Column("bits/dim", lambda row: number(row.bits, "+.4f")),
 )
 REALISM: tuple[Column[Realism], ...] = (
     Column("", lambda row: row.row),
@@ -296,6 +307,21 @@ def second_stage(stage: SecondStage) -> Table[StageRow]:
     if stage.test_neighbour_distance is not None:
         more.append({"": "test images", "to nearest": f"{stage.test_neighbour_distance:.4f}"})
     return Table(STAGE, stage.rows, more, stage_notes(stage))
+
+
+def headroom(result: Headroom) -> Table[HeadroomRow]:
+    """The table of `experiments.headroom`."""
+    noise = ", with the noise of dequantisation," if result.dequantised else ""
+    return Table(
+        HEADROOM,
+        result.rows,
+        notes=[
+            f"gain in log p(x|z), over what the model has, by a Gaussian fitted to the standardised residuals{noise} "
+            f"of {result.num_train} training examples, on {result.num_test} test examples: mean over "
+            f"{result.num_seeds} seeds, with their standard deviation, and the standard error over test examples. No "
+            "covariance depends on z: a model that is trained with one may win more."
+        ],
+    )
 
 
 def realism(quality: Quality) -> Table[Realism]:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from lvae_jax import celeba, files, images, toy
+from lvae_jax import celeba, files, images, ribbon, toy
 from lvae_jax.cache import DatasetError
 from lvae_jax.keys import as_threefry, example_keys, of_seed
 
 TEST_SIZE = 10_000  # of the streams
 TEST_SEED = 2**31 - 1  # apart from the seeds of training
+SYNTHETIC = {"toy": toy, "ribbon": ribbon}  # whose densities are known
 REDUCED_LEVELS = (2, 4, 8, 16, 32, 64, 128)  # of 8-bit images, by dropping low bits
 
 
@@ -94,8 +95,8 @@ def load(
     manual_dir: str | None = None,
     celeba_dir: str | None = None,
 ) -> Dataset:
-    """The data set called `name`: "toy", "digits", a TFDS image data set, downloaded and prepared first if need be, or
-    the path of a file or a folder of one's own, see `files`.
+    """The data set called `name`: "toy", "ribbon", "digits", a TFDS image data set, downloaded and prepared first if
+    need be, or the path of a file or a folder of one's own, see `files`.
 
     Images whose largest grey level is below 128 have so many levels as that needs: 2 if they are black and white.
 
@@ -126,8 +127,8 @@ def load(
         manual_dir=manual_dir,
         celeba_dir=celeba_dir,
     )
-    if name == "toy":
-        return toy_stream()
+    if name in SYNTHETIC:
+        return synthetic_stream(name)
     if files.is_path(name):
         options: dict[str, Any] = {"image_size": image_size, "test_fraction": test_fraction, "mask": mask}
         train, test = files.load(name, **options, cache_dir=images.data_folder(data_dir))
@@ -221,7 +222,7 @@ def check(
             raise DatasetError(f"`levels`={levels}: must be from 2 to 256")
         return
     for argument in ("`levels`", "`flip`", "`dequantize`", "`fake_data`"):
-        if asked[argument] and name == "toy":
+        if asked[argument] and name in SYNTHETIC:
             raise DatasetError(f"{argument} is for images: leave it out, or give an image data set as `name`")
     for argument in ("`levels`", "`fake_data`", "`manual_dir`"):
         if asked[argument] and name == images.DIGITS:
@@ -239,14 +240,21 @@ def check(
             f"`image_size`={image_size}: must be from {celeba.SIDES[0]} to {celeba.SIDES[-1]}, "
             "CelebA's images are cropped to that"
         )
-    if name not in ("toy", images.DIGITS) and celeba_dir is None:
+    if name not in (*SYNTHETIC, images.DIGITS) and celeba_dir is None:
         # Raises for an unknown name, without a download.
         images.tfds_shape(name, data_dir=os.devnull if fake_data else data_dir)
 
 
 def toy_stream() -> Dataset:
-    """Fresh points of the toy at every step; the test split is a fixed draw of 10,000."""
-    return _stream(toy.SHAPE, "toy length", toy.sample)
+    """`synthetic_stream` of the toy."""
+    return synthetic_stream("toy")
+
+
+def synthetic_stream(name: str) -> Dataset:
+    """Fresh points of the data set of this name in `SYNTHETIC` at every step; the test split is a fixed draw of
+    10,000."""
+    source = SYNTHETIC[name]
+    return _stream(source.SHAPE, f"{name} length", source.sample)
 
 
 def sphere_stream(dim: int, *, radius: float = 1.0) -> Dataset:

@@ -6,17 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
-_DATA, _MEANS, _SAMPLES = "tab:blue", "tab:orange", "tab:green"
+_DATA, _MEANS, _SAMPLES, _TANGENTS = "tab:blue", "tab:orange", "tab:green", "black"
 # Matplotlib's ten without C7, the grey of other lines, and four more.
 MODEL_COLOURS = (*(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "#393b79", "#7b4173", "#e7ba52", "#637939")
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 
 class Panel(NamedTuple):
-    """One model's row of pictures; all arrays are [B, *S]. title: names the model."""
+    """One model's row of pictures; all arrays are [B, *S].
+
+    Attributes:
+      title: names the model.
+      axes: [B, *S, k], the principal axes of the tangents at the reconstructions, each as long as the stddev along it;
+        None for a model without tangents.
+    """
 
     title: str
     data: np.ndarray
@@ -24,6 +31,7 @@ class Panel(NamedTuple):
     reconstruction_stddevs: np.ndarray
     samples: np.ndarray
     sample_means: np.ndarray
+    axes: np.ndarray | None = None
 
 
 class Curves(NamedTuple):
@@ -58,6 +66,7 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
         row[1].scatter(*panel.samples.T, color=_SAMPLES, label="generated samples", **dots)
         row[1].scatter(*panel.sample_means.T, color=_MEANS, label="their means", **dots)
         row[0].set_ylabel(panel.title.replace(", sigma", ",\nsigma"))
+        _draw_tangents(row[0], panel.reconstructions, panel.axes)
     for axis in pairs[len(panels) - 1]:  # nothing is below these
         axis.tick_params(labelbottom=True)
     # The data set the frame: samples of a large sigma lie far outside, and would shrink all others.
@@ -72,6 +81,36 @@ def plane_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     return figure
 
 
+def _draw_tangents(axis: Axes, points: np.ndarray, axes: np.ndarray | None, *, number: int = 60) -> None:
+    """Draws the first tangent at some of the points [B, 2], from -1 to 1 stddev."""
+    if axes is not None:
+        ends = np.stack([points - axes[..., 0], points + axes[..., 0]], axis=1)[:number]
+        axis.add_collection(LineCollection(list(ends), colors=_TANGENTS, linewidths=0.8, label="tangents"))
+
+
+def space_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
+    """Points in space from two sides, along their first coordinate: reconstructions with their tangents over data, and
+    generated samples with their means; `unit` is the unit of all axes."""
+    figure = Figure(figsize=(13.0, 2.3 * len(panels) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 4, sharex=True, sharey=True, squeeze=False)
+    dots = {"s": 3, "linewidths": 0, "rasterized": True}
+    for row, panel in zip(axes, panels, strict=True):
+        for view, side in enumerate(([0, 1], [0, 2])):
+            row[view].scatter(*panel.data[:, side].T, color=_DATA, label="data", **dots)
+            row[view].scatter(*panel.reconstructions[:, side].T, color=_MEANS, label="reconstructions", **dots)
+            tangents = None if panel.axes is None else panel.axes[:, side]
+            _draw_tangents(row[view], panel.reconstructions[:, side], tangents)
+            row[2 + view].scatter(*panel.samples[:, side].T, color=_SAMPLES, label="generated samples", **dots)
+            row[2 + view].scatter(*panel.sample_means[:, side].T, color=_MEANS, label="their means", **dots)
+        row[0].set_ylabel(panel.title.replace(", sigma", ",\nsigma"))
+    low, high = panels[0].data.min(axis=0), panels[0].data.max(axis=0)
+    axes[0, 0].set(xlim=(low[0] - 0.3, high[0] + 0.3), ylim=(low[1:].min() - 0.3, high[1:].max() + 0.3))
+    for column, axis in enumerate(axes[0]):
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, markerscale=3, frameon=False, fontsize=8)
+        axes[-1, column].set_xlabel(f"$x_1$, above it $x_{2 + column % 2}$ [{unit}]")
+    return figure
+
+
 def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
     """`plane_panels` of points of any dimension, by `in_plane` of the data; of the reconstructions, where data are
     missing. Points with a missing value, NaN, are not shown."""
@@ -83,6 +122,7 @@ def point_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
             reconstructions=project(panel.reconstructions),
             samples=project(panel.samples),
             sample_means=project(panel.sample_means),
+            axes=None,  # of which a projection is none
         )
         for panel in panels
     ]
@@ -102,13 +142,15 @@ def in_plane(points: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
-    """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, and
-    a map of sigma in `unit` if sigma is not one number."""
+    """Images [B, H, W, C] on [0, 1]: originals, then for each model reconstructions, generated means above samples, the
+    principal axes of its tangents, if it has any, and a map of sigma in `unit` if sigma is not one number."""
     shown: list[tuple[str, np.ndarray, str | None]] = [("data", panels[0].data, None)]
     for panel in panels:
         shown.append((f"{panel.title}\nreconstructions", panel.reconstructions, None))
         shown.append(("generated means", panel.sample_means, None))
         shown.append(("generated samples", panel.samples, None))
+        for number, tangent in enumerate([] if panel.axes is None else np.moveaxis(panel.axes, -1, 0), start=1):
+            shown.append((f"tangent {number}\n[{unit}]", tangent.mean(axis=-1, keepdims=True), "RdBu_r"))
         stddevs = panel.reconstruction_stddevs.mean(axis=-1, keepdims=True)
         if np.ptp(stddevs) > 0.0:
             shown.append((f"sigma of the\nreconstructions\n[{unit}]", stddevs, "magma"))
@@ -117,7 +159,7 @@ def image_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
 
 def _strips(strips: Sequence[tuple[str, np.ndarray, str | None]]) -> Figure:
     """Rows of images, (label, [B, H, W, C], colour map): pixels on [0, 1] without a colour map, else one channel from
-    0 on."""
+    0 on, or on both sides of 0 if there are negative values."""
     width, height = 9.0, 0.78 * len(strips)
     figure = Figure(figsize=(width, height), layout="constrained")
     for axis, (label, images, cmap) in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
@@ -125,7 +167,8 @@ def _strips(strips: Sequence[tuple[str, np.ndarray, str | None]]) -> Figure:
         if cmap is None:
             _show(axis, strip)
         else:
-            shown = axis.imshow(strip.squeeze(axis=-1), cmap=cmap, vmin=0.0, vmax=max(strip.max(), 1e-6))
+            high = max(np.abs(strip).max(), 1e-6)
+            shown = axis.imshow(strip.squeeze(axis=-1), cmap=cmap, vmin=-high if strip.min() < 0.0 else 0.0, vmax=high)
             figure.colorbar(shown, ax=axis, pad=0.01)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)

@@ -92,6 +92,7 @@ class Likelihood(NamedTuple):
         dimensions are independent given z. `masked` needs it.
       log_stddev: (params, outputs [B, *S, K]) -> [B, *S], if p(x|z) is a Gaussian and the dimensions are independent
         given z. `tangent` needs it.
+      factors: (params, outputs [B, *S, K]) -> U [B, *S, r] of a covariance diag(stddev^2) + U U^T; None without any.
       masked: whether a value of x may be NaN, which is one that is missing.
     """
 
@@ -107,6 +108,7 @@ class Likelihood(NamedTuple):
     standardise: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
     log_each: Callable[[Params, Float[Array, "B *S K"], Float[Array, "B *S"]], Float[Array, "B *S"]] | None = None
     log_stddev: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "B *S"]] | None = None
+    factors: Callable[[Params, Float[Array, "B *S K"]], Float[Array, "B *S r"]] | None = None
     masked: bool = False
 
 
@@ -358,6 +360,7 @@ def tangent(likelihood: Likelihood, *, rank: int, ramp: Schedule | None = None) 
         log_prob=log_prob,
         sample=sample,
         standardise=standardise,
+        factors=lambda params, outputs: gaussian(params, outputs)[2],
     )
 
 
@@ -469,6 +472,7 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
         return likelihood.log_prob(params, outputs, inner(x)) - math.prod(x.shape[1:]) * math.log(scale)
 
     each, standardise, each_stddev = likelihood.log_each, likelihood.standardise, likelihood.log_stddev
+    factors = likelihood.factors
     return likelihood._replace(
         floor=scale * likelihood.floor,
         update=lambda params, step, mse: likelihood.update(params, step, mse / scale**2),
@@ -480,6 +484,7 @@ def rescaled(likelihood: Likelihood, *, centre: Float[np.ndarray, "*S"] | float,
         log_mass=None,  # of grey levels, which other units do not have
         log_stddev=each_stddev and (lambda params, outputs: each_stddev(params, outputs) + math.log(scale)),
         standardise=standardise and (lambda params, outputs, x: standardise(params, outputs, inner(x))),
+        factors=factors and (lambda params, outputs: scale * factors(params, outputs)),
     )
 
 

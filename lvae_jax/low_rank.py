@@ -74,6 +74,13 @@ def sample(
     return mean + jnp.exp(log_stddev) * noise + factors @ jax.random.normal(key, factors.shape[-1:], mean.dtype)
 
 
+def principal_axes(factors: Float[Array, "*S r"]) -> Float[Array, "*S k"]:
+    """The axes of U U^T, longest first, k = min(n, r): orthogonal, and as long as the stddev of U e along each. U
+    itself is known only up to a rotation of its columns."""
+    left, lengths, _ = jnp.linalg.svd(factors.reshape(-1, factors.shape[-1]), full_matrices=False)
+    return (left * lengths[None]).reshape(*factors.shape[:-1], -1)
+
+
 def _in_stddevs(x: Array, mean: Array, log_stddev: Array, factors: Array) -> tuple[Array, Array]:
     """y and W."""
     precision = jnp.exp(-log_stddev)

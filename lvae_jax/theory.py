@@ -10,7 +10,8 @@ and ELBOs are in nats.
 
 A VAE with a fixed isotropic sigma models x by a mixture of Gaussians N(m, sigma^2 I), m the decoder's output: its
 mean ELBO is at most max over mixing laws of E_x log E_m N(x; m, sigma^2 I), the limit of ideal networks. By symmetry
-the best law on the sphere is uniform on a concentric one.
+the best law on the sphere is uniform on a concentric one. Tangents, a covariance sigma^2 I + U U^T, do not move this
+limit: such a Gaussian is itself a mixture of N(m, sigma^2 I).
 """
 
 import math
@@ -222,7 +223,8 @@ def linear_best_elbo(
 
     It is the likelihood of probabilistic PCA (Tipping and Bishop, 1999) at its maximum: the bound is tight, and the
     decoder uses those directions, `latent_size` at most, whose stddev exceeds sigma (Lucas et al., Don't blame the
-    ELBO, 2019). Networks that are not linear may exceed it.
+    ELBO, 2019). Networks that are not linear may exceed it. With `likelihoods.tangent` of rank r it is that of
+    `latent_size` + r.
     """
     variances = np.asarray(stddevs, np.float64) ** 2
     noise = np.asarray(sigma, np.float64)[..., None] ** 2

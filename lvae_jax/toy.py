@@ -31,6 +31,12 @@ def curve(u: Float[Array, " B"]) -> Float[Array, "B 2"]:
     return jnp.stack([jnp.pi * u, jnp.cos(jnp.pi * u)], axis=-1)
 
 
+def tangent(u: Float[Array, " B"]) -> Float[Array, "B 2"]:
+    """The unit vector along the curve at each parameter u."""
+    slope = -jnp.sin(jnp.pi * u)
+    return jnp.stack([jnp.ones_like(u), slope], axis=-1) / jnp.sqrt(1.0 + slope**2)[:, None]
+
+
 def noise(u: Float[Array, " B"]) -> Float[Array, " B"]:
     """The stddev of the isotropic noise at each parameter u."""
     left, middle, right = NOISE

@@ -46,6 +46,7 @@ class Terms(NamedTuple):
       posterior_mean, posterior_log_stddev: [B, L], of q(z|x).
       residual: [B, *S], the standardised residuals of x: `Likelihood.standardise`; 0 for values that are missing.
       observed: [B, *S], whether a value of x is there; None if all are.
+      factors: [B, *S, r], U of a covariance diag(stddev^2) + U U^T; None for a head without any.
     """
 
     log_likelihood: Float[Array, " B"]
@@ -56,6 +57,7 @@ class Terms(NamedTuple):
     posterior_log_stddev: Float[Array, "B L"]
     residual: Float[Array, "B *S"]
     observed: Bool[Array, "B *S"] | None = None
+    factors: Float[Array, "B *S r"] | None = None
 
     @property
     def elbo(self) -> Float[Array, " B"]:
@@ -249,6 +251,7 @@ def elbo(
         posterior_log_stddev=log_stddev,
         residual=(x - means) / stddevs if standardise is None else standardise(head_params, outputs, x),
         observed=observed,
+        factors=None if head.factors is None else head.factors(head_params, outputs),
     )
 
 

@@ -92,7 +92,7 @@ def plain_sweep():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda *arguments, **options: None)
-        patch.setattr(report, "with_limits", lambda row, test_log_prob: row)
+        patch.setattr(report, "with_limits", lambda row, test_log_prob, **limits: row)
         yield
 
 

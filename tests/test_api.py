@@ -18,10 +18,12 @@ PACKAGE = Path(lvae_jax.__file__).parent
 LEVELS = [
     "keys",
     "gaussians",
+    "low_rank",
     "logistics",
     "bessel",
     "theory",
     "toy",
+    "ribbon",
     "cache",
     "celeba",
     "images",
@@ -36,13 +38,14 @@ LEVELS = [
     "devices",
     "diagnostics",
     "evaluation",
+    "headroom",
     "measures",
     "runs",
 ]
 # The files that know a package.
 OWNERS = {
     "flax": {"networks", "priors"},
-    "sklearn": {"images", "priors"},
+    "sklearn": {"images", "priors", "headroom"},
     "orbax": {"runs"},
     "matplotlib": {"figures"},
     "tensorflow_datasets": {"images"},

@@ -74,12 +74,16 @@ def summarise(parts, *, kind="points", **others):
     )
 
 
+def with_limits(row, test_log_prob):
+    return report.with_limits(row, test_log_prob, entropy=toy.entropy(), best_elbo=toy.best_elbo)
+
+
 def toys(parts):
     """The summary of a run on the toy, with its limits."""
     summary = summarise(parts, entropy=toy.entropy())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "best_elbo", best_elbo)
-        return dataclasses.replace(summary, rows=[report.with_limits(row, 0.1) for row in summary.rows])
+        return dataclasses.replace(summary, rows=[with_limits(row, 0.1) for row in summary.rows])
 
 
 # Rows
@@ -142,7 +146,7 @@ def test_rows_pool_seeds():
 def test_gap_and_its_part_due_to_sigma(monkeypatch):
     monkeypatch.setattr(toy, "best_elbo", best_elbo)
     rows = [
-        report.with_limits(filled(Row, variant=variant, sigma=sigma, elbo=-1.2), -0.35)
+        with_limits(filled(Row, variant=variant, sigma=sigma, elbo=-1.2), -0.35)
         for variant, sigma in (("f", 1.0), ("f", 0.01), ("ls", 0.07), ("lv", 0.07))
     ]
     assert [row.gap for row in rows] == pytest.approx(4 * [0.85])
@@ -171,7 +175,7 @@ def test_part_due_to_sigma_bounds_an_independent_model():
     distances = ((x[:, None] - centres[None]) ** 2).sum(-1)
     model = np.log(np.exp(-0.5 * distances / sigma**2).mean(1)) - np.log(2.0 * np.pi * sigma**2)
     loss = np.asarray(toy.log_prob(jnp.float32(x)), np.float64) - model
-    row = report.with_limits(filled(Row, variant="f", sigma=sigma, elbo=float(model.mean())), 0.0)
+    row = with_limits(filled(Row, variant="f", sigma=sigma, elbo=float(model.mean())), 0.0)
     assert row.sigma_gap[0] < loss.mean() + 4.0 * loss.std() / np.sqrt(len(x))
 
 
