@@ -438,7 +438,12 @@ def evaluate(
             seed=int(seed),
             group=group.name,
             member=index,
-            diagnosis=diagnostics.diagnosis(of_member, discretised=config.discretise, relative_error=relative),
+            diagnosis=diagnostics.diagnosis(
+                of_member,
+                discretised=config.discretise,
+                relative_error=relative,
+                tangents=pictures.axes is not None,
+            ),
             **final,
         )
         members.append(member)

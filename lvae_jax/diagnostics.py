@@ -117,15 +117,22 @@ def summarise(details: Details) -> Diagnostics:
     )
 
 
-def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False, relative_error: float | None = None) -> str:
+def diagnosis(
+    diagnostics: Diagnostics,
+    *,
+    discretised: bool = False,
+    relative_error: float | None = None,
+    tangents: bool = False,
+) -> str:
     """One model's diagnostics in plain words, on one line: "calibrated", or everything that is wrong.
 
-    In this order: a value that is not finite; posterior collapse, no active unit; data explained by variance, if the
-    model's root mean squared error is more than 1.5 times what one scalar sigma reaches with the same networks,
-    `relative_error` (None where that is not known); sigma at its floor in more than 5 % of the dimensions;
-    overconfident or underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by more than 0.1
-    stddevs; or, where sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The residuals of a
-    `discretised` head are skipped: they use its clipped mean and say little about its probabilities.
+    In this order: a value that is not finite; posterior collapse, no active unit, which is no fault where `tangents` of
+    the observation model have taken the place of latent dimensions; data explained by variance, if the model's root
+    mean squared error is more than 1.5 times what one scalar sigma reaches with the same networks, `relative_error`
+    (None where that is not known); sigma at its floor in more than 5 % of the dimensions; overconfident or
+    underconfident, sigma* / sigma above 1.1 or below 1 / 1.1; residuals biased by more than 0.1 stddevs; or, where
+    sigma fits, not Gaussian: the coverage of an interval off by more than 0.05. The residuals of a `discretised` head
+    are skipped: they use its clipped mean and say little about its probabilities.
     """
     # Comparisons with NaN are false: without this, a model that diverged would be called calibrated.
     if not all(np.isfinite(field).all() for field in diagnostics):
@@ -133,7 +140,8 @@ def diagnosis(diagnostics: Diagnostics, *, discretised: bool = False, relative_e
     size, factor, bias = diagnostics.latent_kl.shape[-1], diagnostics.sigma_factor, diagnostics.residual_mean
     findings = []
     if diagnostics.active_units == 0:
-        findings.append(f"posterior collapse: none of the latent dimensions, {size}, is active")
+        collapse = f"posterior collapse: none of the latent dimensions, {size}, is active"
+        findings.append(collapse + tangents * ", whose place the tangents may have taken")
     if relative_error is not None and relative_error > 1.5:
         findings.append(f"explains data by variance: its error is {relative_error:.2f} times the LS-VAE's")
     if diagnostics.floor_fraction > 0.05:

@@ -105,9 +105,14 @@ def space_panels(panels: Sequence[Panel], *, unit: str) -> Figure:
         row[0].set_ylabel(panel.title.replace(", sigma", ",\nsigma"))
     low, high = panels[0].data.min(axis=0), panels[0].data.max(axis=0)
     axes[0, 0].set(xlim=(low[0] - 0.3, high[0] + 0.3), ylim=(low[1:].min() - 0.3, high[1:].max() + 0.3))
-    for column, axis in enumerate(axes[0]):
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, markerscale=3, frameon=False, fontsize=8)
-        axes[-1, column].set_xlabel(f"$x_1$, above it $x_{2 + column % 2}$ [{unit}]")
+    for column in range(4):
+        found: dict[str, Any] = {}
+        for axis in axes[:, column]:  # not every model has tangents
+            handles, labels = axis.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        options = {"ncols": 3, "markerscale": 3, "frameon": False, "fontsize": 8}
+        axes[0, column].legend(found.values(), found, loc="lower center", bbox_to_anchor=(0.5, 1.0), **options)
+        axes[-1, column].set_xlabel(f"across: $x_1$, up: $x_{2 + column % 2}$ [{unit}]")
     return figure
 
 
