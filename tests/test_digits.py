@@ -13,7 +13,7 @@ SMALL = {"discretise": False, "num_seeds": 1, "num_steps": 4, "latent_size": 2, 
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(plain_sweep, tmp_path_factory):
     """A finished run, by densities, its summary, and the lines that it printed."""
     run_dir, lines = tmp_path_factory.mktemp("digits") / "run", []
     config = sigma_sweep.configure(dataset="digits", sigma=(0.7071,), **SMALL)

@@ -6,6 +6,8 @@ import pytest
 from experiments import command, initial, loop, sigma_sweep, sweep
 from lvae_jax import runs
 
+pytestmark = pytest.mark.usefixtures("plain_sweep")
+
 TINY = {"num_seeds": 2, "num_steps": 30, "latent_size": 2, "widths": (8,), "num_blocks": 1, "batch_size": 16}
 
 

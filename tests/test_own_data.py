@@ -11,7 +11,7 @@ import scipy.stats
 from conftest import arrays_in
 
 import lvae_jax as lv
-from experiments import command, critical_sigma, generate, sigma_sweep, survey
+from experiments import command, critical_sigma, generate, report, sigma_sweep, survey
 from lvae_jax import datasets, likelihoods, theory
 
 CENTRE, SCALE = np.array([300.0, -2.0, 0.0]), 40.0
@@ -89,6 +89,13 @@ LINE = np.random.default_rng(1).normal(size=(400, 1)) * np.array([[1.0, 0.5, -1.
 DATA = LINE + 0.1 * np.random.default_rng(2).normal(size=(400, 3)) + np.array([[0.0, 5.0, 1.0]])
 
 
+def sweep_without_figures(config, **options):
+    """The summary of the sweep: drawing takes longer than the training of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *arguments, **options: None)
+        return sigma_sweep.run(config, **options)
+
+
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
     """Sweeps of the same points in three units, by the factor of the unit."""
@@ -100,7 +107,7 @@ def sweeps(tmp_path_factory):
             dataset=str(folder / "points.npy"), sigma=(0.2 * factor,), variants=("f", "lv"), **TINY
         )
         lines = []
-        summary = sigma_sweep.run(config, run_dir=str(folder / "run"), echo=lines.append)
+        summary = sweep_without_figures(config, run_dir=str(folder / "run"), echo=lines.append)
         results[factor] = folder, config, summary, lines
     return results
 
@@ -187,20 +194,20 @@ GAPS = np.random.default_rng(3).random(DATA.shape) < 0.3
 GAPS[:, 0] &= ~GAPS.all(axis=1)
 
 
-def masked_run(folder, factor):
-    """A run of points with gaps: its ELBO, and the number of values of a test example, on average."""
+def masked_run(folder, factor, run=sigma_sweep.run):
+    """A run of points with gaps, in a unit: its config, its summary and what it printed."""
     np.save(folder / f"{factor}.npy", factor * np.where(GAPS, np.nan, DATA))
     more = TINY | {"num_steps": 400, "num_importance_samples": 4}
     config = sigma_sweep.configure(
         dataset=str(folder / f"{factor}.npy"), sigma=(0.2 * factor,), variants=("f", "lv"), mask=True, **more
     )
     lines = []
-    return config, sigma_sweep.run(config, run_dir=str(folder / f"run{factor}"), echo=lines.append), "\n".join(lines)
+    return config, run(config, run_dir=str(folder / f"run{factor}"), echo=lines.append), "\n".join(lines)
 
 
 def test_missing_values_are_left_out_and_imputed(tmp_path):
     config, summary, said = masked_run(tmp_path, 1.0)
-    _, scaled, _ = masked_run(tmp_path, 1e3)
+    _, scaled, _ = masked_run(tmp_path, 1e3, sweep_without_figures)
     data = datasets.load(config.dataset, mask=True)
     observed = 3.0 * (1.0 - np.isnan(data.test).mean())
     for one, other in zip(summary.members, scaled.members, strict=True):

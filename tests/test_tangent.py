@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 import lvae_jax as lv
-from lvae_jax import diagnostics, evaluation, likelihoods, theory, toy, training
+from experiments import command, sigma_sweep, sweep
+from experiments.variants import VARIANTS
+from lvae_jax import diagnostics, evaluation, likelihoods, ribbon, theory, toy, training
 from lvae_jax import vae as vae_lib
 
 KEY = jax.random.key(0)
@@ -237,6 +239,68 @@ def test_linear_models_reach_the_limit_of_more_latent_dimensions(latent_size, ra
     for seed in range(3):
         of_seed = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
         assert best - 0.02 < exact_elbo(np.float64(x), of_seed) < best + 1e-5
+
+
+# In the sweep
+
+TINY = {"num_seeds": 1, "num_steps": 10, "batch_size": 16, "widths": (8,), "num_blocks": 1, "latent_size": 1}
+
+
+def test_each_rank_is_a_variant():
+    config = sweep.configure(variants=("tangent", "ls"), rank=(1, 10))
+    assert config.variants == ("tangent_1", "tangent_10", "ls")
+    assert config.rank == sweep.Config().rank, "the names tell"
+    assert VARIANTS.in_order(config.variants) == ["ls", "tangent_1", "tangent_10"]
+    assert VARIANTS["tangent_10"].title == "tangent VAE, rank 10"
+    assert VARIANTS["tangent_10"].head(1.0).outputs == 12
+    assert VARIANTS["tangent_10"] == VARIANTS["tangent_10"], "one program for all of its members"
+    for wrong in ("tangent_", "tangent_x", "tangent_-1", "ls_3", "tangents"):
+        assert wrong not in VARIANTS
+        with pytest.raises(KeyError):
+            VARIANTS[wrong]
+    assert sweep.configure(variants=("tangent",)).variants == ("tangent_10",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": ("ls",), "rank": (3,)}, "--rank is for tangent: add it to --variants, or leave --rank out"),
+        (
+            {"variants": ("tangent",), "rank": (1, 1)},
+            "--variants=tangent_1,tangent_1: give at least one, and each",
+        ),
+        ({"variants": ("tangent",), "rank": (-1,)}, "unknown 'tangent_-1'"),
+        ({"variants": ("tangent",), "dataset": "digits"}, "no probabilities: add --dequantize or --density"),
+    ],
+)
+def test_bad_flags(options, message):
+    with pytest.raises(command.UsageError, match=message):
+        sigma_sweep.check(sweep.configure(**options))
+
+
+def test_tangents_are_compared_on_the_ribbon(tmp_path):
+    """With all figures, which other tests leave out."""
+    config = sweep.configure(dataset="ribbon", variants=("tangent",), rank=(2,), **TINY)
+    lines = []
+    summary = sigma_sweep.run(config, run_dir=str(tmp_path / "run"), echo=lines.append)
+    (member,), (row,) = summary.members, summary.rows
+    assert member.variant == row.variant == "tangent_2"
+    assert 0.0 < member.alignment <= 1.0 + 1e-6
+    assert summary.entropy == pytest.approx(ribbon.entropy())
+    assert row.gap > 0.0
+    assert row.best_elbo is None, "its sigma is not one number"
+    assert "tangent VAE, rank 2" in lines[-2]
+    assert {file.stem for file in (tmp_path / "run/figures").iterdir()} == {"samples", "losses", "sigma", "elbo"}
+
+
+def test_tangents_on_images_have_no_code_length(tmp_path):
+    config = sweep.configure(
+        dataset="digits", variants=("tangent",), rank=(2,), discretise=False, **TINY | {"widths": (4,)}
+    )
+    summary = sigma_sweep.run(config, run_dir=str(tmp_path / "run"), echo=lambda line: None)
+    assert summary.members[0].code_elbo is None
+    assert not summary.rows[0].is_code
+    assert (tmp_path / "run/figures/samples.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
