@@ -186,6 +186,13 @@ def test_residuals_of_a_discretised_head_are_not_judged():
     assert collapsed == "posterior collapse: none of the latent dimensions, 2, is active"
 
 
+def test_tangents_may_have_taken_the_place_of_z():
+    collapsed = HEALTHY._replace(active_units=np.int64(0))
+    collapse = "posterior collapse: none of the latent dimensions, 2, is active"
+    assert diagnostics.diagnosis(collapsed, tangents=True) == f"{collapse}, whose place the tangents may have taken"
+    assert diagnostics.diagnosis(HEALTHY, tangents=True) == "calibrated"
+
+
 def test_decoder_that_ignores_z_is_diagnosed():
     vae, _ = linear()
     blind = Encoder(vae.encoder.init, lambda params, x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))))
