@@ -159,9 +159,12 @@ def sweep_notes(summary: Summary) -> list[str]:
         notes.append(f"IW bound: importance-weighted, with {summary.num_importance_samples} draws.")
     if summary.entropy is not None:
         notes.append(
-            f"gap: the exact log p(x) minus the ELBO. No model exceeds -H(x) = {-summary.entropy:.4f} nats on "
-            "average. due to sigma: the part of the gap that no networks can close at this one fixed sigma, at least."
+            f"gap: the exact log p(x) minus the ELBO. No model exceeds -H(x) = {-summary.entropy:.4f} nats on average."
         )
+    if "due to sigma" in found:
+        notes.append("due to sigma: the part of the gap that no networks can close at this one fixed sigma, at least.")
+    if "alignment" in found:
+        notes.append("alignment: the mean cosine of the angle between the tangents and the true direction.")
     if "to model" in found:
         notes.append(
             "The gap is also the sum of two parts, on "
