@@ -111,7 +111,8 @@ SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
 GENERATE, QUALITY, STATISTICS = (f"experiments/{name}.py" for name in ("generate", "quality", "statistics"))
 PROGRAMS, INITIAL = "experiments/programs.py", "experiments/initial.py"
 REALISM, LATENTS, STAGE = (f"experiments/{name}.py" for name in ("realism", "latents", "second_stage"))
-MASKED = "tests/test_masked.py"
+MASKED, TANGENT = "tests/test_masked.py", "tests/test_tangent.py"
+LOW_RANK, HEADROOM = "lvae_jax/low_rank.py", "lvae_jax/headroom.py"
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
@@ -169,6 +170,19 @@ MUTANTS = [
         "return jnp.mean(gaussians.kl",
         "tests/test_vae.py",
     ),
+    Mutant("log_det_twice", LOW_RANK, "log_det + 0.5 * jnp.log1p", "log_det + jnp.log1p"),
+    Mutant("projected_once", LOW_RANK, "rest - _times(basis, second), first + second", "rest, first"),
+    Mutant("sigma_by_its_own_square", LOW_RANK, "(a**2 - diagonal) * of", "(a**2 - 1.0) * of"),
+    Mutant(
+        "tangents_from_the_start",
+        LIKELIHOODS,
+        'stop_gradient(params["tangent_ramp"]) * f',
+        "stop_gradient(1.0) * f",
+        TANGENT,
+    ),
+    Mutant("band_turns_twice", "lvae_jax/ribbon.py", "return 0.5 * jnp.pi * (u + 1.0)", "return jnp.pi * (u + 1.0)"),
+    Mutant("rest_of_all_directions", HEADROOM, "/ (e.shape[1] - rank)", "/ e.shape[1]"),
+    Mutant("filter_sees_its_pixel", HEADROOM, "TAPS = ((0, -1),", "TAPS = ((0, 0),"),
     Mutant("volume_sign", PRIORS, "log_volume - jnp.sum(log_scale", "log_volume + jnp.sum(log_scale"),
     Mutant("weights_unnormalised", PRIORS, 'jax.nn.log_softmax(params["log_weight"])', 'params["log_weight"]'),
     Mutant("posterior_without_width", PRIORS, "(between + np.diag(within))[None]", "between[None]"),

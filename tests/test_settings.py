@@ -19,6 +19,7 @@ HEADS = {name: make(0.3) for name, make in lv.HEADS.items()} | {
     "schedule": lv.fixed(lambda step: 0.3 * jnp.exp(-0.1 * step.astype(jnp.float32))),
     "replay": lv.fixed(lv.replay(jnp.linspace(1.0, 0.1, 5))),
     "map": lv.learned_map((3,)),
+    "tangent": lv.tangent(lv.learned_vector(), rank=2, ramp=optax.linear_schedule(0.0, 1.0, 5)),
     "scheduled": lv.learned_vector(balance=optax.linear_schedule(1.0, 0.0, 5), ramp=optax.linear_schedule(0.0, 1.0, 5)),
     "discretised": lv.discretised(lv.learned_vector()),
     "discretised mixture": lv.discretised(lv.mixture()),
@@ -80,32 +81,39 @@ def test_networks_data_and_measures_run_under_strict_types():
         assert measures.sliced_wasserstein(jax.random.key(0), np.asarray(points), np.asarray(points)) == 0.0
 
 
+SMALL = ("--num_seeds=1", "--num_blocks=1", "--num_steps=2")
+DIGITS = ("--dataset=digits", "--widths=4,4", "--num_importance_samples=2", *SMALL)
+VARIANTS = "f,ls,lv,optimal,replay,lv_star,mixture,tangent"
+# Each command under one setting; the library runs under all of them above.
+COMMANDS = {
+    "JAX_NUMPY_DTYPE_PROMOTION=strict": (
+        ("sigma_sweep", f"--variants={VARIANTS}", "--evidence", "--latent_size=1", "--widths=4", *SMALL),
+        ("generate", "--num_samples=2"),
+        ("headroom", "--num_train=100", "--num_test=100"),
+    ),
+    "JAX_ENABLE_X64=1": (
+        ("sigma_sweep", "--variants=ls,lv_star,mixture", *DIGITS),
+        ("quality", "--classifier_steps=2"),
+        ("critical_sigma", "--dataset=digits"),
+        ("sigma_sweep", "--dequantize", "--flip", "--variants=ls,tangent", *DIGITS),
+    ),
+    "JAX_DEBUG_NANS=1": (
+        ("hypersphere", "--num_steps=2", "--num_seeds=1", "--dims=2,3", "--sigma=0.5,1.3"),
+        ("sigma_sweep", "--density", "--variants=lv", "--bfloat16", "--ema_decay=0.9", *DIGITS),
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["JAX_NUMPY_DTYPE_PROMOTION=strict", "JAX_ENABLE_X64=1", "JAX_DEBUG_NANS=1"])
+@pytest.mark.parametrize("setting", COMMANDS)
 def test_every_command_runs_to_its_end(setting, tmp_path):
-    variants = "f,ls,lv,optimal,replay,lv_star,mixture"
-    small = ["--num_seeds=1", "--num_blocks=1", f"--data_dir={tmp_path}/data", "--num_importance_samples=2"]
-    digits = ["--dataset=digits", "--num_steps=2", "--widths=4,4", *small]
-    commands = {
-        "toy": [
-            "sigma_sweep",
-            "--num_steps=2",
-            "--widths=4",
-            "--latent_size=1",
-            f"--variants={variants}",
-            "--evidence",
-            *small,
-        ],
-        "digits": ["sigma_sweep", "--variants=ls,lv_star,mixture", *digits],
-        "densities": ["sigma_sweep", "--density", "--variants=lv", "--bfloat16", "--ema_decay=0.9", *digits],
-        "dequantised": ["sigma_sweep", "--dequantize", "--flip", "--variants=ls", *digits],
-        "critical": ["critical_sigma", "--dataset=digits"],
-        "sphere": ["hypersphere", "--num_steps=2", "--num_seeds=1", "--dims=2,3", "--sigma=0.5,1.3"],
-    }
-    for run, words in commands.items():
-        _run(setting, *words, f"--run_dir={tmp_path / run}")
-    _run(setting, "generate", f"--run_dir={tmp_path / 'toy'}", "--num_samples=2")
-    _run(setting, "quality", f"--run_dir={tmp_path / 'digits'}", "--classifier_steps=2")
+    """Those that read a finished run take that of the sweep before them."""
+    for index, (name, *words) in enumerate(COMMANDS[setting]):
+        reads = name in ("generate", "headroom", "quality")
+        words.append(f"--run_dir={tmp_path / str(0 if reads else index)}")
+        if name not in ("generate", "hypersphere"):
+            words.append(f"--data_dir={tmp_path}/data")
+        _run(setting, name, *words)
 
 
 def _run(setting, name, *words):

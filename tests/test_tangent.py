@@ -168,8 +168,8 @@ def test_diagnostics_see_correlated_residuals():
 
 # Linear Gaussian data in R^10: a trained model reaches probabilistic PCA with L + r factors
 
-STDDEVS = np.array([3.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.2, 0.1, 0.1, 0.1])
-SIZE, DIM, SIGMA, NUM_STEPS = 256, 10, 0.2, 6000
+STDDEVS = np.array([5.0, 3.0, 2.0, 1.2, 0.4, 0.3, 0.3, 0.2, 0.1, 0.1])
+SIZE, DIM, SIGMA, NUM_STEPS = 256, 10, 0.4, 6000
 
 
 def gaussian_data():
@@ -218,7 +218,7 @@ def exact_elbo(x, params):
 @pytest.mark.parametrize(("latent_size", "rank"), [(0, 3), (2, 2), (3, 0)])
 def test_linear_models_reach_the_limit_of_more_latent_dimensions(latent_size, rank):
     x, vae = gaussian_data(), linear_vae(latent_size, rank)
-    optimizer = training.optimizer(NUM_STEPS, learning_rate=1e-2)
+    optimizer = training.optimizer(NUM_STEPS, learning_rate=3e-2)
 
     def train(seed):
         def step(state, index):
