@@ -28,7 +28,6 @@ from lvae_jax import datasets, evaluation, headroom
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import Stream, example_keys, stream_key
 
-FOLDER = "headroom"  # in the directory of a run
 MOST_VALUES = 2**26  # of training residuals, half a gigabyte
 GROUPS = (RESIDUALS,) = ("the residuals",)
 
@@ -77,7 +76,9 @@ def run(
         data = datasets.load(source, **sweep.data_options(swept), **places)
         return functools.partial(measure, path, swept, summary, config, data)
 
-    return command.run(config, FOLDER, str(path / FOLDER), Headroom, prepare=prepare, table=table, echo=echo)
+    return command.run(
+        config, report.HEADROOM, str(path / report.HEADROOM), Headroom, prepare=prepare, table=table, echo=echo
+    )
 
 
 def measure(path: Path, swept: sweep.Config, summary: Summary, config: Config, data: datasets.Dataset) -> Headroom:
@@ -181,24 +182,7 @@ def rows_of(member: Member, found: list[list[headroom.Gain]], size: int) -> list
 
 def table(result: Headroom) -> str:
     """The result as a table with notes, and a verdict on each model in words."""
-    return "\n".join([tables.headroom(result).text(), *verdicts(result)])
-
-
-def verdicts(result: Headroom) -> list[str]:
-    """Two lines for each model: what variances alone would win, and what correlations would win beside them."""
-    lines = []
-    for title, rows in report.by_row(result.rows).items():
-        by_kind = {row.kind: row for row in rows}
-        variances = by_kind["a variance for each dimension"]
-        best = max(rows, key=lambda row: row.nats)
-        more = max(best.nats - max(variances.nats, 0.0), 0.0)
-        share = best.bits / best.nats if best.nats else 0.0
-        lines += [
-            f"{title}: a variance for each dimension would win {variances.nats:+.4g} nats, {variances.bits:+.3f} "
-            "bits/dim;",
-            f"    the best of all, {best.kind}, {more:.4g} nats more, {more * share:.3f} bits/dim",
-        ]
-    return lines
+    return "\n".join([tables.headroom(result).text(), *report.verdicts(result)])
 
 
 def define_flags() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from experiments import statistics, tables
-from experiments.results import Member, Row, Scored, Summary
+from experiments.results import Headroom, Member, Row, Scored, Summary
 from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs
 from lvae_jax.datasets import Form
@@ -18,6 +18,7 @@ from lvae_jax.evaluation import Kind
 
 # One colour for a variant in all figures.
 COLOURS = {variant.title: colour for variant, colour in zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=True)}
+HEADROOM = "headroom"  # the folder of experiments.headroom in the directory of a run
 AVERAGED = [field.name for field in dataclasses.fields(Scored) if field.name not in ("variant", "diagnosis")]
 
 
@@ -115,10 +116,27 @@ def line(title: str, row: Row) -> str:
     return f"{title}{sigma}: ELBO {elbo} nats, KL {row.kl:.4f}; {row.diagnosis}"
 
 
-def table(summary: Summary) -> str:
-    """The summary as a table with notes."""
+def table(summary: Summary, headroom: Headroom | None = None) -> str:
+    """The summary as a table with notes and diagnoses, to which the `headroom` of the run adds, if it was measured."""
     diagnoses = [f"{title}: {rows[0].diagnosis}" for title, rows in by_row(summary.rows).items()]
-    return "\n".join([tables.sweep(summary).text(), *diagnoses])
+    return "\n".join([tables.sweep(summary).text(), *diagnoses, *(verdicts(headroom) if headroom is not None else ())])
+
+
+def verdicts(result: Headroom) -> list[str]:
+    """Two lines for each model: what variances alone would win, and what correlations would win beside them."""
+    lines = []
+    for title, rows in by_row(result.rows).items():
+        by_kind = {row.kind: row for row in rows}
+        variances = by_kind["a variance for each dimension"]
+        best = max(rows, key=lambda row: row.nats)
+        more = max(best.nats - max(variances.nats, 0.0), 0.0)
+        share = best.bits / best.nats if best.nats else 0.0
+        lines += [
+            f"{title}: a variance for each dimension would win {variances.nats:+.4g} nats, {variances.bits:+.3f} "
+            "bits/dim;",
+            f"    the best of all, {best.kind}, {more:.4g} nats more, {more * share:.3f} bits/dim",
+        ]
+    return lines
 
 
 def draw(

@@ -21,9 +21,9 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import command, hosts, initial, loop, options, report, sizes, survey, sweep
+from experiments import command, hosts, initial, loop, options, report, results, sizes, survey, sweep
 from experiments.programs import Group, Programs
-from experiments.results import POINTS, Member, Row, Summary
+from experiments.results import POINTS, Headroom, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
 from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
 from lvae_jax import celeba, datasets, diagnostics, evaluation, figures, runs, training
@@ -75,7 +75,14 @@ def run(
         return sizes.told(fix)(functools.partial(train_all, config, path, dataset, record, source, echo, pace))
 
     files: dict[str, Any] = {"writes": ["ls_sigma.npy"], "late": options.of_group(Config, sweep.EVALUATION)}
-    return command.run(config, name, run_dir, Summary, prepare=prepare, table=report.table, echo=echo, **files)
+    table = functools.partial(report.table, headroom=headroom_of(command.run_path(config, name, run_dir)))
+    return command.run(config, name, run_dir, Summary, prepare=prepare, table=table, echo=echo, **files)
+
+
+def headroom_of(path: Path) -> Headroom | None:
+    """What experiments.headroom has found out about the run in `path`, if anything."""
+    file = path / report.HEADROOM / "summary.json"
+    return results.read(file, Headroom) if file.exists() else None
 
 
 def check(config: Config, **places: Any) -> None:

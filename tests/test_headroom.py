@@ -11,7 +11,7 @@ import pytest
 from conftest import call
 from scipy import stats
 
-from experiments import command, sigma_sweep, sweep
+from experiments import command, report, sigma_sweep, sweep
 from experiments import headroom as experiment
 from experiments.results import Headroom
 from lvae_jax import headroom, runs
@@ -188,7 +188,11 @@ def test_finished_headroom_is_only_reported(folder, monkeypatch):
         experiment.run(str(folder / "digits"), experiment.Config(num_train=300, num_test=200), echo=lines.append)
         == first
     )
-    assert "a variance for each dimension would win" in lines[-1]
+    verdicts = lines[-1].splitlines()[-2:]
+    assert "a variance for each dimension would win" in verdicts[0]
+    config, summary = sweep.read_run(folder / "digits")
+    assert sigma_sweep.run(config, run_dir=str(folder / "digits"), echo=lines.append) == summary
+    assert lines[-1].splitlines()[-2:] == verdicts, "the diagnosis of the sweep has them, too"
     with pytest.raises(runs.RunError, match="other flags"):
         run(folder / "digits", experiment.Config(num_train=301, num_test=200))
 
@@ -217,7 +221,7 @@ def test_verdict_says_what_is_left_in_words():
     result = Headroom(
         rows=rows, num_seeds=1, num_train=100, num_test=100, dequantised=False, device="", jax=jax.__version__
     )
-    first, second = experiment.verdicts(result)
+    first, second = report.verdicts(result)
     assert first == "LS-VAE: a variance for each dimension would win +8 nats, +0.080 bits/dim;"
     assert second.strip() == "the best of all, a full covariance, shrunk, 2 nats more, 0.020 bits/dim"
     assert dataclasses.is_dataclass(rows[0])

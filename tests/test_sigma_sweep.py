@@ -154,7 +154,7 @@ def test_directory_of_other_flags_is_refused(toy_run):
 def test_run_that_another_process_writes_is_refused(tmp_path, monkeypatch):
     """Before its data are loaded; and one that the other has just finished is reported."""
     monkeypatch.setattr(sigma_sweep, "train_all", lambda *arguments: pytest.fail("it trains"))
-    monkeypatch.setattr(report, "table", lambda summary: "")
+    monkeypatch.setattr(report, "table", lambda summary, **options: "")
     with monkeypatch.context() as patch, runs.lock(tmp_path):
         patch.delattr(datasets, "load")
         with pytest.raises(runs.RunError, match="another process writes in"):
