@@ -98,7 +98,7 @@ def plain_sweep():
 
 def filled(kind, /, **given):
     """A result of this kind with the `given` fields, and with zeros and empty values in all others that it needs."""
-    empty = {str: "", float: 0.0, int: 0, int | None: None, str | None: None}
+    empty = {str: "", float: 0.0, int: 0, bool: False, int | None: None, str | None: None}
     types = typing.get_type_hints(kind)
     fields, none = dataclasses.fields(kind), dataclasses.MISSING
     needed = [field.name for field in fields if field.default is none and field.default_factory is none]

@@ -487,7 +487,7 @@ def test_discretised_gradients_of_log_sigma_are_differences(make):
 def test_discretised_heads_keep_everything_else():
     head = likelihoods.learned_vector(0.3, floor=0.01)
     other = likelihoods.discretised(head)
-    own = {name: getattr(head, name) for name in ("mean", "log_prob", "sample", "log_each")}
+    own = {name: getattr(head, name) for name in ("mean", "log_prob", "sample", "log_each", "log_stddev")}
     assert other._replace(**own) == head
 
 
