@@ -11,7 +11,7 @@ from lvae_jax import datasets, ribbon
 
 @pytest.fixture(scope="module")
 def points():
-    return ribbon.sample(jax.random.split(jax.random.key(0), 20_000))
+    return ribbon.sample(jax.random.split(jax.random.key(0), 5_000))
 
 
 def conditional(u):
