@@ -1,4 +1,4 @@
-"""What another observation model could still win: the gain of several covariances on the residuals of a finished run.
+"""Counts the nats that other covariances would win on the residuals of a finished run: an observation model's headroom.
 
   python -m experiments.headroom --run_dir=RUN
 

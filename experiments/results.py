@@ -466,7 +466,7 @@ class SecondStage(Result):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadroomRow(Result):
-    """What one kind of covariance would win over a row of a sweep, the mean over its seeds.
+    """The gain of one kind of covariance over a row of a sweep, the mean over its seeds.
 
     Attributes:
       kind: see `headroom.headroom`.

@@ -80,7 +80,7 @@ def run(
 
 
 def headroom_of(path: Path) -> Headroom | None:
-    """What experiments.headroom has found out about the run in `path`, if anything."""
+    """The result of experiments.headroom for the run in `path`; None if there is none."""
     file = path / report.HEADROOM / "summary.json"
     return results.read(file, Headroom) if file.exists() else None
 

@@ -44,7 +44,7 @@ def headroom(
     ranks: Sequence[int] = (1, 10, 50),
     base: Float[np.ndarray, " M"] | None = None,
 ) -> list[Gain]:
-    """What each kind of covariance wins on the standardised residuals `test`, fitted to those in `train`.
+    """The gain of each kind of covariance on the standardised residuals `test`, fitted to those in `train`.
 
     Images [H, W, C] also have bases of cosines and of Haar wavelets, and a causal filter. A rank of n or more is left
     out, and so is a full covariance of more than `MOST_DIMENSIONS` dimensions.
@@ -195,5 +195,5 @@ def causal_taps(images: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, " T"]
 
 
 def innovations(images: Float[np.ndarray, "N H W C"], taps: Float[np.ndarray, " T"]) -> Float[np.ndarray, "N H W C"]:
-    """What is left of each pixel after its prediction from those before it: a map of determinant 1."""
+    """The errors of predicting each pixel from those before it: a map of determinant 1."""
     return images - sum(tap * before for tap, before in zip(taps, neighbours(images), strict=True))

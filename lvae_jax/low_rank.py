@@ -139,7 +139,7 @@ def _orthonormal(factors: Float[Array, "*S r"]) -> Float[Array, "*S r"]:
 
 
 def _apart(y: Float[Array, "*S"], basis: Float[Array, "*S r"]) -> tuple[Float[Array, "*S"], Float[Array, " r"]]:
-    """What lies beside an orthonormal basis, and the coordinates of the rest."""
+    """The part of y that is orthogonal to an orthonormal basis, and the coordinates of the rest."""
     first = jnp.tensordot(y, basis, axes=y.ndim)
     rest = y - _times(basis, first)
     # Rounding leaves as much within as may belong beside: it is taken out once more.
