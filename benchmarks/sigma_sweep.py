@@ -64,10 +64,10 @@ def sweep_steps(variant: str, num_members: int, num_fused: int) -> tuple[Callabl
     return take, traces
 
 
-def image_step() -> Callable[[], Any]:
-    """A function, compiled, that takes a step of an LV-VAE on images of MNIST's shape."""
+def image_step(variant: str = "lv") -> Callable[[], Any]:
+    """A function, compiled, that takes a step of a variant on images of MNIST's shape."""
     dataset, optimizer = datasets.load("mnist", fake_data=True), training.optimizer(1000)
-    vae = variants.make_vae("lv", domains.IMAGES, dataset.form, 256, 1.0)
+    vae = variants.make_vae(variant, domains.IMAGES, dataset.form, 256, 1.0)
     step = jax.jit(functools.partial(training.train_step, vae=vae, optimizer=optimizer), donate_argnames="state")
     state = training.init_state(jax.random.key(0), vae, optimizer)
     x, index = datasets.to_float(dataset.train[:BATCH]), jnp.arange(BATCH)
@@ -143,6 +143,9 @@ def main() -> None:
     report("a step on MNIST", times["ours"], "ms", "")
     ratios = [a / b for a, b in zip(times["theirs"], times["ours"], strict=True)]
     report("a step on MNIST, by flax's ConvTranspose / ours", ratios, "", "above 1: ours pays")
+    times = alternate({"lv": ours, "tangent": image_step("tangent_10")}, calls=5)
+    ratios = [a / b for a, b in zip(times["tangent"], times["lv"], strict=True)]
+    report("a step on MNIST, with ten tangents / without", ratios, "", "bound: 1.3")
 
     report("--help", [seconds("--help")[0] for _ in range(5)], "s", "bound: 3")
     report("a bad flag", [seconds("--sigma=0")[0] for _ in range(5)], "s", "bound: 3")

@@ -31,6 +31,14 @@ IMAGE_FIGURES = {
 PLAIN_FIGURES = {
     "sigma": "Fig. 10 again, by plain Adam, one constant learning rate for the networks and log sigma.",
 }
+RIBBON_FIGURES = {
+    "samples": "Reconstructions with their tangents over data, and generated points with their means, from two sides, "
+    "one seed.",
+}
+TANGENT_FIGURES = {
+    "samples": "Data, reconstructions, generated means above generated samples, the first three principal axes of the "
+    "tangents, and sigma.",
+}
 # Of the second stage, whose files have these names without prior-.
 STAGE_FIGURES = {
     "prior-samples": "Samples and means with z from each prior, and from the posteriors of test examples, one seed.",
@@ -39,6 +47,13 @@ STAGE_FIGURES = {
 SPHERE_FIGURES = {
     "objective": "Fig. 2: Theorem 1's objective over the radius of the decoder's outputs and sigma.",
     "radius": "Theorem 1 beside trained models.",
+}
+FIGURES = {
+    "sphere": SPHERE_FIGURES,
+    "toy": TOY_FIGURES,
+    "toy_plain": PLAIN_FIGURES,
+    "ribbon": RIBBON_FIGURES,
+    **dict.fromkeys(claims.TANGENTS, TANGENT_FIGURES),
 }
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script, and nothing from elsewhere
@@ -82,7 +97,7 @@ def figures(path: Path, parts: Iterable[str]) -> dict[str, bytes]:
 
 def captions(part: str) -> dict[str, str]:
     """The figures of a part that the report shows, with what they show."""
-    return {"sphere": SPHERE_FIGURES, "toy": TOY_FIGURES, "toy_plain": PLAIN_FIGURES}.get(part, IMAGE_FIGURES)
+    return FIGURES.get(part, IMAGE_FIGURES)
 
 
 def html(text: str, figures: Mapping[str, bytes]) -> str:
@@ -169,6 +184,13 @@ def compose(
         if stage.quality is not None:
             sections.append(tables.realism(stage.quality).markdown())
         sections += [picture(f"{name}-{figure}", text) for figure, text in STAGE_FIGURES.items()]
+    tangents = {name: finished.sweeps[name] for name in ("ribbon", *claims.TANGENTS) if name in finished.sweeps}
+    if tangents or finished.headroom:
+        sections.append("## Perspective 2: tangents of the manifold")
+    for name, part in tangents.items():
+        sections += [f"### {name}", tables.sweep(part.summary).markdown(), *shown(name)]
+    for name, measured in finished.headroom.items():
+        sections += [f"### {name}: headroom", tables.headroom(measured).markdown()]
     return "\n\n".join(sections) + "\n"
 
 

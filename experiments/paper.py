@@ -6,28 +6,45 @@ runs the parts of that scale one after another, each below runs/paper_cpu/ as it
 report.html, one page that needs nothing else, and the same as report.md beside figures/. The same command goes on where
 it was stopped, runs no finished part again, and writes the report anew.
 
-| scale | sphere | toy, toy_plain | digits | MNIST | CelebA |
-|---|---|---|---|---|---|
-| smoke | 1 seed, 20 steps | 2 seeds, 20 steps | 2 seeds, 300 steps | | |
-| cpu | 2 seeds, 2,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,500 steps | 2 seeds, 2 epochs | |
-| full | 10 seeds, 6,000 steps | 10 seeds, 3,000 steps | 10 seeds, 1,500 steps | 10 seeds, 1,000 epochs | 200 epochs |
+| scale | sphere | toy, toy_plain | ribbon | digits | MNIST | tangents on MNIST | CelebA |
+|---|---|---|---|---|---|---|---|
+| seeds, smoke | 1 | 2 | 2 | 2 | | | |
+| seeds, cpu | 2 | 10 | 5 | 10 | 2 | 2 | |
+| seeds, full | 10 | 10 | 10 | 10 | 10 | 10 | 10 |
+| steps, smoke | 20 | 20 | 20 | 300 | | | |
+| steps, cpu | 2,000 | 3,000 | 3,000 | 1,500 | 2 epochs | 4 epochs | |
+| steps, full | 6,000 | 3,000 | 3,000 | 1,500 | 1,000 epochs | 100 epochs | 200 epochs |
 
 digits and MNIST are trained twice: by the density of the pixels, as in the paper, and by the probability of their grey
-levels, as digits_codes and mnist_codes (at the scale full). full is for an accelerator. Priors are fitted to the models
-of toy, digits and MNIST.
+levels, as digits_codes and mnist_codes (at the scale full). Tangents are trained on MNIST twice: with 4 and with 256
+latent dimensions. full is for an accelerator. Priors are fitted to the models of toy, digits and MNIST, and the
+headroom of those of digits and MNIST is measured.
 """
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import claims, command, hypersphere, latents, page, quality, results, second_stage, sigma_sweep, sweep
+from experiments import (
+    claims,
+    command,
+    headroom,
+    hypersphere,
+    latents,
+    page,
+    quality,
+    report,
+    results,
+    second_stage,
+    sigma_sweep,
+    sweep,
+)
 from experiments.claims import Claim, Finished, Part
-from experiments.results import Quality, SecondStage, SphereSummary, Summary
+from experiments.results import AnyResult, Headroom, Quality, SecondStage, SphereSummary, Summary
 from lvae_jax import runs
 
 Config = hypersphere.Config | sweep.Config
@@ -46,13 +63,18 @@ IMAGES: dict[str, Any] = {
     "discretise": False,
 }
 CODES: dict[str, Any] = {"variants": ("ls", "lv", "logistic")}
+# One latent dimension and one tangent: all that the ribbon needs.
+RIBBON = sweep.configure(dataset="ribbon", variants=("ls", "lv", "tangent"), rank=(1,), latent_size=1, num_seeds=5)
+TANGENTS = sweep.configure(dataset="mnist", variants=("ls", "lv", "tangent"), dequantize=True, num_steps=60_000)
 SMALL: dict[str, Any] = {"num_seeds": 2, "num_blocks": 1}
+SMALL_IMAGES = SMALL | {"num_steps": 2000, "batch_size": 128, "widths": (16, 32, 32)}
 
 SCALES: dict[str, dict[str, Config]] = {
     "smoke": {
         "sphere": hypersphere.Config(dims=(3,), sigma=(0.5, 1.3), num_seeds=1, num_steps=20),
         "toy": TOY._replace(sigma=(1.0, 0.1), num_steps=20, widths=(8,), **SMALL),
         "toy_plain": TOY_PLAIN._replace(num_steps=20, widths=(8,), **SMALL),
+        "ribbon": RIBBON._replace(num_steps=20, widths=(8,), **SMALL),
         "digits": sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **IMAGES),
         "digits_codes": sweep.configure(dataset="digits", num_seeds=2, num_steps=300, **CODES),
     },
@@ -60,18 +82,24 @@ SCALES: dict[str, dict[str, Config]] = {
         "sphere": hypersphere.Config(),
         "toy": TOY,
         "toy_plain": TOY_PLAIN,
+        "ribbon": RIBBON,
         "digits": sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
         "digits_codes": sweep.configure(dataset="digits", num_seeds=10, **CODES),
         "mnist": sweep.configure(dataset="mnist", num_seeds=2, num_steps=1200, **IMAGES),
+        claims.FEW: TANGENTS._replace(latent_size=4, **SMALL_IMAGES),
+        claims.AMPLE: TANGENTS._replace(latent_size=256, **SMALL_IMAGES),
     },
     "full": {
         "sphere": hypersphere.Config(num_seeds=10, num_steps=6000),
         "toy": TOY,
         "toy_plain": TOY_PLAIN,
+        "ribbon": RIBBON._replace(num_seeds=10),
         "digits": sweep.configure(dataset="digits", num_seeds=10, **IMAGES),
         "digits_codes": sweep.configure(dataset="digits", num_seeds=10, **CODES),
         "mnist": sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **IMAGES),
         "mnist_codes": sweep.configure(dataset="mnist", num_seeds=10, num_steps=600_000, **CODES),
+        claims.FEW: TANGENTS._replace(latent_size=4, num_seeds=10),
+        claims.AMPLE: TANGENTS._replace(latent_size=256, num_seeds=10),
         "celeb_a": sweep.configure(dataset="celeb_a", num_seeds=10, num_steps=325_600, **IMAGES),
     },
 }
@@ -85,6 +113,8 @@ STAGES: dict[str, latents.Config] = {
     "mnist": latents.Config(variant=("f", "ls", "lv")),
     "mnist_codes": latents.Config(variant=("ls", "lv")),
 }
+JUDGED = ("digits", "digits_codes", "mnist", "mnist_codes")  # by a classifier of their labels
+MEASURED = ("digits", "mnist")  # for their headroom
 SMALL_STAGE: dict[str, Any] = {"prior": ("flow",), "num_examples": 1000, "num_steps": 20, "classifier_steps": 20}
 
 
@@ -121,7 +151,7 @@ def run(
             echo(f"{name}: {command_line(config)}")
             began = time.monotonic()
             try:
-                run_part(config, str(path / name), stage_of(scale, name), places, echo)
+                run_part(scale, name, str(path / name), places, echo)
             finally:  # an interrupted part has taken time, too
                 times = read_times(path)
                 times[name] = times.get(name, 0.0) + time.monotonic() - began
@@ -129,24 +159,20 @@ def run(
         return write_report(scale, path, echo)
 
 
-def run_part(
-    config: Config, run_dir: str, stage: latents.Config | None, places: Mapping[str, Any], echo: Callable[[str], None]
-) -> None:
-    """Runs one experiment, `quality` on it if its images have labels, and its second stage if it has one."""
+def run_part(scale: str, name: str, run_dir: str, places: Mapping[str, Any], echo: Callable[[str], None]) -> None:
+    """Runs one experiment, and what the tables above say of its models."""
+    config = SCALES[scale][name]
     if isinstance(config, hypersphere.Config):
         hypersphere.run(config, run_dir=run_dir, echo=echo)
         return
     sigma_sweep.run(config, run_dir=run_dir, **places, echo=echo)
-    if config.dataset in ("digits", "mnist") and not config.fake_data:
+    if name in JUDGED:
         quality.run(run_dir, data_dir=places["data_dir"], manual_dir=places["manual_dir"], echo=echo)
-    if stage is not None:
+    if name in STAGES:
+        stage = STAGES[name]._replace(**SMALL_STAGE) if scale == "smoke" else STAGES[name]
         second_stage.run(run_dir, stage, **places, echo=echo)
-
-
-def stage_of(scale: str, part: str) -> latents.Config | None:
-    """The second stage of a part, None if it has none."""
-    stage = STAGES.get(part)
-    return stage._replace(**SMALL_STAGE) if stage is not None and scale == "smoke" else stage
+    if name in MEASURED:
+        headroom.run(run_dir, **places, echo=echo)
 
 
 def read_times(path: Path) -> dict[str, float]:
@@ -178,22 +204,20 @@ def command_line(config: Config) -> str:
 
 
 def read_parts(scale: str, path: Path) -> Finished:
-    """The scale's finished parts, with the quality of their images and their second stages where there are any."""
-    sphere, sweeps, quality, stages = None, {}, {}, {}
-    for name, config in SCALES[scale].items():
-        summary, judged = path / name / "summary.json", path / name / "quality.json"
-        if not summary.exists():
-            continue
-        if isinstance(config, hypersphere.Config):
-            sphere = results.read(summary, SphereSummary)
-        else:
-            sweeps[name] = Part(results.read(summary, Summary), runs.read_curves(path / name))
-        if judged.exists():
-            quality[name] = results.read(judged, Quality)
-        staged = path / name / latents.FOLDER / "summary.json"
-        if staged.exists():
-            stages[name] = results.read(staged, SecondStage)
-    return Finished(sphere, sweeps, quality, stages)
+    """The scale's finished parts, with what was measured of their models."""
+
+    def read(kind: type[AnyResult], file: str, parts: Iterable[str] = SCALES[scale]) -> dict[str, AnyResult]:
+        files = {name: path / name / file for name in parts}
+        return {name: results.read(file, kind) for name, file in files.items() if file.exists()}
+
+    sweeps = read(Summary, "summary.json", [name for name in SCALES[scale] if name != "sphere"])
+    return Finished(
+        sphere=read(SphereSummary, "summary.json", ["sphere"]).get("sphere"),
+        sweeps={name: Part(summary, runs.read_curves(path / name)) for name, summary in sweeps.items()},
+        quality=read(Quality, "quality.json"),
+        stages=read(SecondStage, f"{latents.FOLDER}/summary.json"),
+        headroom=read(Headroom, f"{report.HEADROOM}/summary.json"),
+    )
 
 
 def write_report(scale: str, path: Path, echo: Callable[[str], None]) -> list[Claim]:

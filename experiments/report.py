@@ -15,6 +15,7 @@ from experiments.variants import LEADER, VARIANTS, Sigma
 from lvae_jax import evaluation, figures, runs
 from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
+from lvae_jax.headroom import VARIANCES
 
 # One colour for a variant in all figures.
 COLOURS = {variant.title: colour for variant, colour in zip(VARIANTS.values(), figures.MODEL_COLOURS, strict=True)}
@@ -127,13 +128,12 @@ def verdicts(result: Headroom) -> list[str]:
     lines = []
     for title, rows in by_row(result.rows).items():
         by_kind = {row.kind: row for row in rows}
-        variances = by_kind["a variance for each dimension"]
+        variances = by_kind[VARIANCES]
         best = max(rows, key=lambda row: row.nats)
         more = max(best.nats - max(variances.nats, 0.0), 0.0)
         share = best.bits / best.nats if best.nats else 0.0
         lines += [
-            f"{title}: a variance for each dimension would win {variances.nats:+.4g} nats, {variances.bits:+.3f} "
-            "bits/dim;",
+            f"{title}: {VARIANCES} would win {variances.nats:+.4g} nats, {variances.bits:+.3f} bits/dim;",
             f"    the best of all, {best.kind}, {more:.4g} nats more, {more * share:.3f} bits/dim",
         ]
     return lines

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 MOST_DIMENSIONS = 4096  # of which a full covariance is fitted
+VARIANCES = "a variance for each dimension"
 LEAST_VARIANCE = 1e-12  # of residuals that never vary
 # The neighbours before a pixel, in the order of rows: two to the left, five above, three above these.
 TAPS = ((0, -1), (0, -2), *((-1, j) for j in range(-2, 3)), *((-2, j) for j in range(-1, 2)))
@@ -77,7 +78,7 @@ def _kinds(
     size = fit.shape[1]
     yield "one variance", independent(held, np.full(size, np.mean(fit**2)))
     variances = np.mean(fit**2, axis=0)
-    yield "a variance for each dimension", independent(held, variances)
+    yield VARIANCES, independent(held, variances)
     if len(shape) == 3:
         for name, transform in (("cosine", cosines), ("Haar", haar)):
             coefficients = [transform(part.reshape(-1, *shape)).reshape(len(part), -1) for part in (fit, held)]
@@ -92,14 +93,14 @@ def _kinds(
         yield f"one variance, and rank {rank}", low_rank(held, *principal(fit, rank))
     for rank in ranks:
         yield (
-            f"a variance for each dimension, and rank {rank}",
+            f"{VARIANCES}, and rank {rank}",
             low_rank(held_scaled, *principal(scaled, rank)) - log_det,
         )
     if len(shape) == 3:
         taps = causal_taps(scaled.reshape(-1, *shape))
         left, held_left = (innovations(part.reshape(-1, *shape), taps) for part in (scaled, held_scaled))
         yield (
-            "a causal filter, and a variance for each dimension",
+            f"a causal filter, and {VARIANCES}",
             independent(held_left.reshape(held.shape), np.mean(left.reshape(fit.shape) ** 2, axis=0)) - log_det,
         )
     if size <= MOST_DIMENSIONS:

@@ -9,6 +9,8 @@ from scipy import stats
 from experiments import claims, statistics
 from experiments.claims import Finished, Part
 from experiments.results import (
+    Headroom,
+    HeadroomRow,
     Member,
     Quality,
     Realism,
@@ -153,13 +155,40 @@ def stage(lv_gain=3.0, flow_means=4.0, worse=0.0):
     return filled(SecondStage, rows=rows, members=members, quality=filled(Quality, rows=looks))
 
 
+def tangent_part(variant, lv, tangent, cosines=(0.5, 0.99, 1.0, 1.0, 1.0)):
+    """An LV-VAE and a tangent VAE that end so many nats below -H(x), by which the first seed decides the checks."""
+    seeds = [(seed, 0.01 * seed) for seed in range(5)]
+    members = [filled(Member, variant="lv", seed=seed, elbo=0.3 - lv - more) for seed, more in seeds]
+    members += [
+        filled(Member, variant=variant, seed=seed, elbo=0.3 - tangent + more, alignment=cosines[seed])
+        for seed, more in seeds
+    ]
+    return Part(filled(Summary, members=members, entropy=-0.3), {})
+
+
+def tangent_parts(*, lv=1.9, tangent=0.09, few=12.0, ample=4.0, **options):
+    """few, ample: nats that ten tangents win."""
+    return {
+        "ribbon": tangent_part("tangent_1", lv, tangent, **options),
+        claims.FEW: tangent_part("tangent_10", 50.0, 50.0 - few),
+        claims.AMPLE: tangent_part("tangent_10", 50.0, 50.0 - ample),
+    }
+
+
+def residuals(variances=50.0, best=60.0):
+    kinds = {claims.VARIANCES: variances, "a full covariance, shrunk": best, "one variance": 1.0}
+    rows = [filled(HeadroomRow, variant="ls", kind=kind, nats=nats) for kind, nats in kinds.items()]
+    return {"mnist": filled(Headroom, rows=[*rows, filled(HeadroomRow, variant="lv", kind="other", nats=1e3)])}
+
+
 def verdicts(**found):
     return {claim.name: claim.verdict for claim in claims.all_claims(Finished(**found))}
 
 
 def test_claims_hold_for_the_numbers_of_the_paper():
-    parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()}
-    found = Finished(sphere(lambda relative, exact: exact), parts, {"mnist": image_quality()}, {"mnist": stage()})
+    parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()} | tangent_parts()
+    measured = {"quality": {"mnist": image_quality()}, "stages": {"mnist": stage()}, "headroom": residuals()}
+    found = Finished(sphere(lambda relative, exact: exact), parts, **measured)
     for claim in claims.all_claims(found):
         assert all(check.holds for check in claim.checks), claim
         assert claim.verdict == "holds"
@@ -360,3 +389,27 @@ def test_second_stage_that_fails():
     assert answers(worse=1.5) == [False, *6 * [True]]
     assert answers(flow_means=9.0) == [True, True, True, False, True, False, True]
     assert answers(flow_means=31.0) == [True, True, *5 * [False]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "headroom", "failing"),
+    [
+        ({}, {}, []),
+        ({"lv": 0.49}, {}, [0]),
+        ({"tangent": 0.11}, {}, [1]),
+        ({"cosines": (0.5, 0.98, 1.0, 1.0, 1.0)}, {}, [2]),
+        ({"few": 9.9, "ample": 1.0}, {}, [3]),
+        ({"ample": 6.5}, {}, [4]),
+        ({}, {"best": 101.0}, [5]),
+    ],
+)
+def test_tangents_that_fail(parts, headroom, failing):
+    """Each check fails by its own cause."""
+    answers = [check.holds for check in claims.perspective_2(tangent_parts(**parts), residuals(**headroom))]
+    assert answers == [number not in failing for number in range(6)]
+
+
+def test_tangents_of_parts_that_were_run():
+    parts = tangent_parts()
+    assert [len(claims.perspective_2({name: part}, {})) for name, part in parts.items()] == [3, 1, 0]
+    assert claims.perspective_2({}, {}) == []

@@ -75,6 +75,15 @@ def test_low_rank_is_scipys():
     )
 
 
+@pytest.mark.parametrize("rank", [1, 5, SIZE - 1])
+def test_variance_beside_the_factors_is_the_mean_of_the_rest(rank):
+    e = drawn(np.diag(np.arange(1.0, SIZE + 1)), number=500)
+    eigenvalues = np.linalg.eigvalsh(e.T @ e / len(e))[::-1]
+    factors, variance = headroom.principal(e, rank)
+    np.testing.assert_allclose(variance, eigenvalues[rank:].mean(), rtol=0.02)
+    np.testing.assert_allclose(variance + np.sum(factors**2, axis=0), eigenvalues[:rank], rtol=0.02)
+
+
 @pytest.mark.parametrize("transform", [headroom.cosines, headroom.haar])
 @pytest.mark.parametrize("shape", [(8, 8, 1), (7, 10, 3), (2, 3, 1)])
 def test_bases_are_orthonormal(transform, shape):

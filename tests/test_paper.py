@@ -10,7 +10,6 @@ import shlex
 import shutil
 import typing
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,7 +17,7 @@ import pytest
 from conftest import call, filled
 
 from experiments import claims, command, hypersphere, page, paper, quality, sigma_sweep, sweep, tables
-from experiments.results import Member, Quality, Realism, Row, SphereRow, SphereSummary, Summary
+from experiments.results import Headroom, HeadroomRow, Member, Quality, Realism, Row, SphereRow, SphereSummary, Summary
 from experiments.variants import VARIANTS
 from lvae_jax import runs
 
@@ -111,7 +110,9 @@ def test_strings_of_files_are_shown_as_they_are(text):
     summary = hostile(Summary, rows=made, members=members, kind="discretised", levels=256, histograms={text: 1.0})
     sphere = hostile(SphereSummary, rows=[hostile(SphereRow, variant="f", num_seeds=1)])
     scores = hostile(Quality, rows=[hostile(Realism)], num_seeds=1)
-    finished = claims.Finished(sphere, {"digits": claims.Part(summary, {})}, {"digits": scores})
+    gains = hostile(Headroom, rows=[hostile(HeadroomRow, variant="f")])
+    parts = {"digits": claims.Part(summary, {})}
+    finished = claims.Finished(sphere, parts, quality={"digits": scores}, headroom={"digits": gains})
     found = [claims.Claim("C1", text, [claims.Check(text, True, text)])]
     composed = page.compose("smoke", found, finished, commands=dict.fromkeys(("sphere", "digits"), "c"), times={})
     drawn = {name: b"" for part in ("sphere", "digits") for name in re.findall(rf"figures/{part}-\w+.png", composed)}
@@ -119,8 +120,8 @@ def test_strings_of_files_are_shown_as_they_are(text):
     assert not reader.open
     assert not {"script", "a"} & reader.tags
     assert {image["src"] for image in reader.images} == {"data:image/png;base64,"}
-    assert len(reader.headings) == 7
-    assert " ".join(reader.text.split()).count(" ".join(text.split())) == 13
+    assert len(reader.headings) == 9
+    assert " ".join(reader.text.split()).count(" ".join(text.split())) == 14
     assert composed.count("\n\n# ") == 0
 
 
@@ -144,8 +145,8 @@ def test_palette_keeps_colours_of_thin_lines(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, digits"),
-        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, digits"),
+        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, ribbon, digits"),
+        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, ribbon, digits"),
         ({"parts": []}, "--parts=: give some of"),
     ],
 )
@@ -168,8 +169,9 @@ def smoke(toy_run, tmp_path_factory):
     path, stdout = tmp_path_factory.mktemp("paper") / "run", io.StringIO()
     parts = {"toy": sweep.read_run(toy_run.path)[0]}
     parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
-    for name in ("toy_plain", "digits", "digits_codes"):
-        parts[name] = paper.SCALES["smoke"][name]._replace(num_steps=3)
+    for name in ("toy_plain", "ribbon", "digits", "digits_codes"):
+        config = paper.SCALES["smoke"][name]
+        parts[name] = config._replace(num_steps=3, num_blocks=0, widths=(4, 4)[: len(config.widths)])
     runs.make_run(path, {"scale": "smoke"})
     shutil.copytree(toy_run.path, path / "toy")
     with pytest.MonkeyPatch.context() as patch:
@@ -186,7 +188,7 @@ def test_report_has_every_claim(smoke):
     text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
     reader = Reader(page_text)
     assert not reader.open
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Perspective 1", "Annealing", "Maps"):
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Perspective 1", "Perspective 2", "Annealing", "Maps"):
         assert f"### {name}: " in text
         assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
         assert f"\n{name} " in printed
@@ -195,7 +197,9 @@ def test_report_has_every_claim(smoke):
         for variant in getattr(config, "variants", ()):
             assert f"| {tables.literal(VARIANTS[variant].title)} | " in text
     assert text.count("| histogram of each pixel | ") == 2, "by densities and by probabilities"
-    assert len(reader.images) == 2 + 4 + 1 + 3 + 3 + 3 * 2, "of the parts, and of three second stages"
+    assert len(reader.images) == 2 + 4 + 1 + 3 + 3 + 3 * 2 + 1, "of the parts, of three second stages, and the ribbon"
+    assert "### ribbon" in text
+    assert "### digits: headroom" in text
     for image in reader.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert image["alt"]
@@ -212,7 +216,7 @@ def test_finished_parts_are_found(smoke, monkeypatch, capsys):
     for module in (sigma_sweep, hypersphere):
         monkeypatch.delattr(module, "train_all")
     call(paper, ["--scale=smoke", f"--run_dir={path}"])
-    assert capsys.readouterr().out.count("is finished") == 5 + 3
+    assert capsys.readouterr().out.count("is finished") == 6 + 3 + 1
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
         _, _, program, *words = shlex.split(paper.command_line(config))
@@ -228,11 +232,11 @@ def test_interrupted_scale(smoke, tmp_path, monkeypatch):
     kept = {file: file.stat().st_mtime_ns for file in path.glob("*/*")}
     run_part, started = paper.run_part, []
 
-    def interrupted(config, run_dir, *others):
-        started.append(Path(run_dir).name)
-        if started[-1] == "toy_plain":
+    def interrupted(scale, name, *others):
+        started.append(name)
+        if name == "toy_plain":
             raise KeyboardInterrupt
-        run_part(config, run_dir, *others)
+        run_part(scale, name, *others)
 
     monkeypatch.setattr(paper, "run_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -253,9 +257,9 @@ def test_interrupted_scale(smoke, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_report_of_some_parts(smoke, tmp_path):
-    ignored = shutil.ignore_patterns("report.*", "toy*", "digits*")
+    ignored = shutil.ignore_patterns("report.*", "toy*", "ribbon", "digits*")
     path = shutil.copytree(smoke[0], tmp_path / "run", ignore=ignored)
     found = paper.run("smoke", parts=["sphere"], run_dir=str(path), echo=lambda line: None)
-    assert [claim.verdict == "not run" for claim in found] == [False, *10 * [True]]
+    assert [claim.verdict == "not run" for claim in found] == [False, *11 * [True]]
     text = (path / "report.md").read_text()
-    assert text.count("**not run**") == 10 + 4, "claims and parts"
+    assert text.count("**not run**") == 11 + 5, "claims and parts"
