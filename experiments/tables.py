@@ -189,6 +189,13 @@ def sweep_notes(summary: Summary) -> list[str]:
             f"bits/dim: a bound on the code length of the {summary.levels} grey levels, from the probabilities that "
             f"the model gives them, whatever it was trained with; uniform noise has {math.log2(summary.levels):.4g}."
         )
+        without = [row for row in summary.rows if row.code_elbo is None]
+        if summary.kind != Kind.DISCRETISED and 0 < len(without) < len(summary.rows):
+            names = ", ".join(dict.fromkeys(VARIANTS[row.variant].title for row in without))
+            others = "no code length" if summary.kind == Kind.DENSITY else "those of the density of noisy images"
+            notes.append(
+                f"{names}: no such probabilities; the bits, (n ln {summary.levels} - ELBO) / (n ln 2), are {others}."
+            )
     else:
         notes.append(f"bits/dim = (n ln {summary.levels} - ELBO) / (n ln 2) is not a code length here.")
     if summary.histograms:

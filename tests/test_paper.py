@@ -171,7 +171,7 @@ def smoke(toy_run, tmp_path_factory):
     parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
     for name in ("toy_plain", "ribbon", "digits", "digits_codes"):
         config = paper.SCALES["smoke"][name]
-        parts[name] = config._replace(num_steps=3, num_blocks=0, widths=(4, 4)[: len(config.widths)])
+        parts[name] = config._replace(num_steps=3, num_blocks=1, widths=(4, 4)[: len(config.widths)])
     runs.make_run(path, {"scale": "smoke"})
     shutil.copytree(toy_run.path, path / "toy")
     with pytest.MonkeyPatch.context() as patch:

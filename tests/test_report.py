@@ -247,6 +247,17 @@ def test_bits_are_those_of_probabilities():
     assert "is not a code length" not in said
 
 
+def test_bits_of_models_without_probabilities_are_told_apart():
+    with_them, without = members("lv", code_elbo=-40.0), members("tangent_2")
+    kinds = {"density": "are no code length.", "dequantised": "are those of the density of noisy images."}
+    for kind, expected in kinds.items():
+        said = notes(report.table(summarise([with_them, without], kind=kind)))
+        formula = "the bits, (n ln 256 - ELBO) / (n ln 2), "
+        assert f"tangent VAE, rank 2: no such probabilities; {formula}{expected}" in said
+    for part in (with_them, without):
+        assert "no such probabilities" not in notes(report.table(summarise([part], kind="dequantised")))
+
+
 def test_notes_name_the_numbers_of_their_columns():
     said = notes(report.table(summarise([members("ls")], kind="density")))
     assert "constant (n/2) log 2 pi, n = 16:" in said
