@@ -414,10 +414,11 @@ def c7(parts: Mapping[str, Part]) -> list[Check]:
     return checks
 
 
-def _no_larger_error(name: str, part: Part) -> Check:
-    ratios = np.sqrt(part.values("mse", "lv") / part.values("mse", "ls"))
+def _no_larger_error(name: str, part: Part, variant: str = "lv", other: str = "ls") -> Check:
+    ratios = np.sqrt(part.values("mse", variant) / part.values("mse", other))
     return Check(
-        f"{name}: in every seed the LV-VAE's root mean squared error is at most 1.1 times the LS-VAE's",
+        f"{name}: in every seed the root mean squared error of the {title(variant)} is at most 1.1 times that of the "
+        f"{title(other)}",
         bool(ratios.max() <= 1.1),
         f"{ratios.min():.3f} to {ratios.max():.3f} times",
     )
@@ -621,6 +622,17 @@ def perspective_2(parts: Mapping[str, Part], headroom: Mapping[str, Headroom]) -
                 f"{AMPLE}: {in_words[AMPLE]}",
             )
         )
+    for name in gains:
+        noise = {v: float(np.mean(parts[name].values("sample_noise", v))) for v in ("lv", "tangent_10")}
+        checks += [
+            _no_larger_error(name, parts[name], "tangent_10", "lv"),
+            Check(
+                f"{name}: the samples of the {title('tangent_10')} are at most 1.5 times as far from their means as "
+                f"the {title('lv')}'s",
+                noise["tangent_10"] <= 1.5 * noise["lv"],
+                f"root mean square distance {noise['tangent_10']:.3f} and {noise['lv']:.3f} of the grey scale",
+            ),
+        ]
     for name, result in headroom.items():
         nats = {row.kind: row.nats for row in result.rows if row.variant == "ls"}
         variances, best = nats[VARIANCES], max(nats.values())
