@@ -574,44 +574,51 @@ def _realism_of_priors(name: str, stage: SecondStage, quality: Quality) -> list[
 
 def perspective_2(parts: Mapping[str, Part], headroom: Mapping[str, Headroom]) -> list[Check]:
     """The paper's second perspective: an observation model that identifies the local tangent of the manifold."""
+    return [
+        *(_tangent_of_the_ribbon(parts["ribbon"]) if "ribbon" in parts else []),
+        *_tangents_of_images({name: parts[name] for name in TANGENTS if name in parts}),
+        *_correlations(headroom),
+    ]
+
+
+def _span(values: Float[np.ndarray, " M"], form: str) -> str:
+    return f"{values.min():{form}} to {values.max():{form}} nats, {len(values)} seeds"
+
+
+def _tangent_of_the_ribbon(ribbon: Part) -> list[Check]:
+    assert ribbon.summary.entropy is not None, "the ribbon's is known"
+    short = {v: -ribbon.summary.entropy - ribbon.values("elbo", v) for v in ("lv", "tangent_1")}
+    cosines = ribbon.values("alignment", "tangent_1")
+    return [
+        Check(
+            f"ribbon: in every seed the {title('lv')}, whose covariance is diagonal, ends at least 0.5 nats below "
+            "-H(x)",
+            bool(short["lv"].min() >= 0.5),
+            _span(short["lv"], ".3f"),
+        ),
+        Check(
+            "ribbon: with one tangent, every seed ends at most 0.1 nats below -H(x)",
+            bool(short["tangent_1"].max() <= 0.1),
+            _span(short["tangent_1"], ".3f"),
+        ),
+        Check(
+            "ribbon: in four of five seeds or more, the mean cosine of the angle between the tangent and the true "
+            "direction is at least 0.99",
+            bool(np.mean(cosines >= 0.99) >= 0.8),
+            f"{cosines.min():.4f} to {cosines.max():.4f}",
+        ),
+    ]
+
+
+def _tangents_of_images(parts: Mapping[str, Part]) -> list[Check]:
     checks = []
-    if "ribbon" in parts:
-        ribbon = parts["ribbon"]
-        assert ribbon.summary.entropy is not None, "the ribbon's is known"
-        short = {v: -ribbon.summary.entropy - ribbon.values("elbo", v) for v in ("lv", "tangent_1")}
-        cosines = ribbon.values("alignment", "tangent_1")
-        in_words = {
-            v: f"{values.min():.3f} to {values.max():.3f} nats, {len(values)} seeds" for v, values in short.items()
-        }
-        checks += [
-            Check(
-                f"ribbon: in every seed the {title('lv')}, whose covariance is diagonal, ends at least 0.5 nats below "
-                "-H(x)",
-                bool(short["lv"].min() >= 0.5),
-                in_words["lv"],
-            ),
-            Check(
-                "ribbon: with one tangent, every seed ends at most 0.1 nats below -H(x)",
-                bool(short["tangent_1"].max() <= 0.1),
-                in_words["tangent_1"],
-            ),
-            Check(
-                "ribbon: in four of five seeds or more, the mean cosine of the angle between the tangent and the true "
-                "direction is at least 0.99",
-                bool(np.mean(cosines >= 0.99) >= 0.8),
-                f"{cosines.min():.4f} to {cosines.max():.4f}",
-            ),
-        ]
-    gains = {n: parts[n].values("elbo", "tangent_10") - parts[n].values("elbo", "lv") for n in TANGENTS if n in parts}
-    in_words = {
-        n: f"{values.min():+.2f} to {values.max():+.2f} nats, {len(values)} seeds" for n, values in gains.items()
-    }
+    gains = {name: part.values("elbo", "tangent_10") - part.values("elbo", "lv") for name, part in parts.items()}
     if FEW in gains:
         checks.append(
             Check(
                 f"{FEW}: in every seed ten tangents bring the ELBO at least 10 nats above the {title('lv')}'s",
                 bool(gains[FEW].min() >= 10.0),
-                in_words[FEW],
+                _span(gains[FEW], "+.2f"),
             )
         )
     if len(gains) == len(TANGENTS):
@@ -619,7 +626,7 @@ def perspective_2(parts: Mapping[str, Part], headroom: Mapping[str, Headroom]) -
             Check(
                 "Where z has many dimensions, they win less than half of that",
                 bool(gains[AMPLE].mean() < 0.5 * gains[FEW].mean()),
-                f"{AMPLE}: {in_words[AMPLE]}",
+                f"{AMPLE}: " + _span(gains[AMPLE], "+.2f"),
             )
         )
     for name in gains:
@@ -633,6 +640,11 @@ def perspective_2(parts: Mapping[str, Part], headroom: Mapping[str, Headroom]) -
                 f"root mean square distance {noise['tangent_10']:.3f} and {noise['lv']:.3f} of the grey scale",
             ),
         ]
+    return checks
+
+
+def _correlations(headroom: Mapping[str, Headroom]) -> list[Check]:
+    checks = []
     for name, result in headroom.items():
         nats = {row.kind: row.nats for row in result.rows if row.variant == "ls"}
         variances, best = nats[VARIANCES], max(nats.values())
