@@ -91,11 +91,11 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
     "unknown_members_are_refused",
 )
 (LATE,) = _tests("initial", "options_of_the_evaluation_change_without_training")
-GAIN, DROPPED, ON, UNUSED, BEST = _tests(
+GAIN, DROPPED, DIVIDED, UNUSED, BEST = _tests(
     "second_stage",
     "gain_is_the_change_of_the_elbo",
     "prior_that_is_worse_on_the_held_out_part_is_dropped",
-    "fit_goes_on_to_the_bit",
+    "steps_are_the_same_however_they_are_divided",
     "unused_dimensions_keep_their_prior",
     "ascent_keeps_its_best_parameters",
 )
@@ -262,7 +262,9 @@ MUTANTS = [
     Mutant("gain_of_training", STAGE, "jax.jit(vae.prior.kl)", "jax.jit(STANDARD_NORMAL.kl)", GAIN),
     Mutant("last_not_best", LATENTS, "jnp.where(better, new, old)", "jnp.where(True, new, old)", BEST),
     Mutant("always_fitted", LATENTS, "if gain > max(best, 2.0 * error):", "if gain > -1e9:", DROPPED),
-    Mutant("steps_again", LATENTS, "jax.random.fold_in(key, index))", "jax.random.fold_in(key, index - first))", ON),
+    Mutant(
+        "steps_again", LATENTS, "jax.random.fold_in(key, index))", "jax.random.fold_in(key, index - first))", DIVIDED
+    ),
     Mutant("all_dimensions", LATENTS, "codes.kl() > IN_USE", "codes.kl() > -1.0", UNUSED),
     Mutant("chunks_alike", REALISM, "fold_in(key, chunk)", "fold_in(key, 0)", ITS_OWN),
 ]

@@ -2,6 +2,7 @@
 that is stopped goes on to the bit."""
 
 import contextlib
+import functools
 import json
 import shutil
 
@@ -195,6 +196,16 @@ def test_ascent_keeps_its_best_parameters():
     assert after.gain == 1e9
     better = fitter._steps(state._replace(gain=jnp.asarray(-1e9)), jax.random.key(1), some, some.mean, 0, 5)
     jax.tree.map(np.testing.assert_array_equal, better.best, better.params)
+
+
+def test_steps_are_the_same_however_they_are_divided():
+    """Each step has draws of its own: two calls of three steps are one of six."""
+    fitter = latents.Fitter("flow", 2, Config(num_layers=2, width=8, num_steps=10, learning_rate=0.1))
+    params, some = fitter.prior.init(jax.random.key(0)), Codes(*map(jnp.asarray, codes([1.0, -1.0], [0.5, 0.5])))
+    state = latents.State(params, fitter._optimizer.init(params), params, jnp.zeros(()))
+    steps = functools.partial(fitter._steps, key=jax.random.key(1), codes=some, held_out=some.mean)
+    whole, parts = steps(state, first=0, last=6), steps(steps(state, first=0, last=3), first=3, last=6)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
 
 
 def test_gain_within_chance_is_not_taken(tmp_path):
