@@ -105,7 +105,7 @@ def f_vaes(config: Config) -> list[Row]:
             f"--compare={path}: its ELBOs are not of the data's density, run its command without --discretise and "
             "--dequantize"
         )
-    rows = [row for row in summary.rows if VARIANTS[row.variant].swept]
+    rows = [row for row in summary.rows if VARIANTS[row.variant].per_sigma]
     if not rows:
         raise command.UsageError(f"--compare={path}: has no F-VAE, run its command with f in --variants")
     return rows

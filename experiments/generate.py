@@ -18,6 +18,7 @@ With --prior=flow, z comes from that prior, fitted by experiments.second_stage, 
 if there are two or more images, each of the first nine to the next.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -73,7 +74,8 @@ def run(
         raise command.UsageError(f"--num_samples={num_samples}: must be at least 1")
     if not 0 <= key_seed < 2**31:
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
-    members = choose(summary.members, variants, sigmas, seeds or (config.seed,))
+    there = [*summary.members, *between(config, summary.members, sigmas)]
+    members = choose(there, variants, sigmas, seeds or (config.seed,))
     levels, form = summary.levels, summary.form
     given = read_images(images, form) if images else None
     models = [latents.model(path, config, member=member, form=form, prior=prior) for member in members]
@@ -121,6 +123,20 @@ def run(
         runs.replace(folder / f"{name}.png", functools.partial(figure.savefig, dpi=120))
         echo(f"{title}: {folder / name}.npz and .png")
     return record
+
+
+def between(config: sweep.Config, members: Sequence[Member], sigmas: Sequence[float]) -> list[Member]:
+    """The conditioned models of a run at those of the `sigmas` at which they were not evaluated.
+
+    Raises:
+      command.UsageError: a sigma is outside their range, and of no other member.
+    """
+    first = [member for member in members if VARIANTS[member.variant].conditioned and member.sigma == config.sigma[0]]
+    known = {member.sigma for member in members}
+    new = [sigma for sigma in sigmas if sigma not in known]
+    if first:
+        sweep.check_range(config.sigma_range, new)
+    return [dataclasses.replace(member, sigma=sigma) for sigma in new for member in first]
 
 
 def choose(

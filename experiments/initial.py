@@ -61,7 +61,7 @@ def members(source: Source, variant: str, group: Group) -> list[Member]:
     Raises:
       command.UsageError: the run lacks one of them.
     """
-    swept, chosen = VARIANTS[variant].swept, []
+    swept, chosen = VARIANTS[variant].per_sigma, []
     for seed, sigma in zip(group.seeds, group.sigmas, strict=True):
         of_seed = [m for m in source.summary.members if m.variant == variant and m.seed == seed]
         same = [member for member in of_seed if not swept or member.sigma == sigma]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from experiments import command, results, signals, sweep
 from experiments.options import Option, at_least, positive
 from experiments.results import Member, SecondStage
+from experiments.variants import VARIANTS
 from lvae_jax import datasets, evaluation, gaussians, priors, runs
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import Stream, stream_key
@@ -296,7 +297,8 @@ def in_use(codes: Codes) -> Int[np.ndarray, " D"]:
 
 def place(member: Member, prior: str) -> str:
     """The name of the checkpoint of a member's prior."""
-    return f"{member.group}-{member.member}-{prior}"
+    at_sigma = f"-{member.sigma}" if VARIANTS[member.variant].conditioned else ""
+    return f"{member.group}-{member.member}{at_sigma}-{prior}"
 
 
 def digest(run_dir: Path) -> str:

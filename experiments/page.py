@@ -39,6 +39,10 @@ TANGENT_FIGURES = {
     "samples": "Data, reconstructions, generated means above generated samples, the first three principal axes of the "
     "tangents, and sigma.",
 }
+RANGE_FIGURES = {
+    "elbo": "The ELBO of each model at every sigma, and at those of the table.",
+    "rate_distortion": "The rate, the KL, against the distortion, the squared error, at every sigma.",
+}
 # Of the second stage, whose files have these names without prior-.
 STAGE_FIGURES = {
     "prior-samples": "Samples and means with z from each prior, and from the posteriors of test examples, one seed.",
@@ -54,6 +58,7 @@ FIGURES = {
     "toy_plain": PLAIN_FIGURES,
     "ribbon": RIBBON_FIGURES,
     **dict.fromkeys(claims.TANGENTS, TANGENT_FIGURES),
+    **dict.fromkeys(claims.ONE_RUN, RANGE_FIGURES),
 }
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script, and nothing from elsewhere
@@ -191,6 +196,11 @@ def compose(
         sections += [f"### {name}", tables.sweep(part.summary).markdown(), *shown(name)]
     for name, measured in finished.headroom.items():
         sections += [f"### {name}: headroom", tables.headroom(measured).markdown()]
+    ranges = {name: finished.sweeps[name] for name in claims.ONE_RUN if name in finished.sweeps}
+    if ranges:
+        sections.append("## One model for all sigmas")
+    for name, part in ranges.items():
+        sections += [f"### {name}", tables.sweep(part.summary).markdown(), *shown(name)]
     return "\n\n".join(sections) + "\n"
 
 

@@ -129,6 +129,11 @@ class Programs:
             )
         return scores, diagnostics.summarise(details), code_elbo
 
+    def score(self, group: Group, states: TrainState, num_examples: int) -> Scores:
+        """The scores [M, N] of the first examples of the test split by each of M members."""
+        examine = functools.partial(self._examine, group.seeds, group.sigmas, states)
+        return self._over_test_split(examine, num_examples)[0]
+
     def importance_bound(
         self, group: Group, states: TrainState, *, num_samples: int, as_code: bool = False
     ) -> Float[np.ndarray, "M N"]:
@@ -150,10 +155,10 @@ class Programs:
         """The pictures [M, ...] of the examples x, as they are stored."""
         return Pictures(*jax.device_get(self._pictures(group.seeds, group.sigmas, states, x)))
 
-    def _over_test_split(self, score_chunk: Callable[..., Any]) -> Any:
+    def _over_test_split(self, score_chunk: Callable[..., Any], num_examples: int | None = None) -> Any:
         # About a million values in each chunk of the test split, whatever the size of an example.
         chunk_size = max(1, min(1000, 2**20 // math.prod(self.dataset.shape)))
-        return evaluation.over_split(score_chunk, self.dataset.test, chunk_size=chunk_size)
+        return evaluation.over_split(score_chunk, self.dataset.test[:num_examples], chunk_size=chunk_size)
 
     def _as_code(self, vae: VAE) -> VAE:
         return evaluation.as_probabilities(vae, levels=self.dataset.levels or 256, dequantised=self._dequantised)

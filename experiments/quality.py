@@ -71,7 +71,7 @@ def run(
     judge = realism.train_judge(dataset, labels, num_steps=classifier_steps)
     rows = [realism.training_row(judge, dataset)]
     for title, part in report.by_row(summary.members).items():
-        pairs = [drawn[member.group](num_samples=len(dataset.test)) for member in part]
+        pairs = [drawn[member.group, member.sigma](num_samples=len(dataset.test)) for member in part]
         for kind, of_members in zip(("samples", "means"), zip(*pairs, strict=True), strict=True):
             rows.append(realism.row(f"{title}: {kind}", [judge.score(generated) for generated in of_members]))
     quality = Quality(
@@ -90,21 +90,21 @@ def run(
 
 def generators(
     path: Path, config: sweep.Config, summary: Summary, *, prior: str | None = None
-) -> dict[str, Callable[..., Generated]]:
-    """Functions (num_samples=N), one for each trained member by the name of its group, as `realism.generator` has them;
-    under the fitted `prior` of that name, if any.
+) -> dict[tuple[str, float], Callable[..., Generated]]:
+    """Functions (num_samples=N), one for each member by the name of its group and its sigma, as `realism.generator` has
+    them; under the fitted `prior` of that name, if any.
 
     Raises:
       runs.RunError: a checkpoint is missing or damaged, or there is no such prior.
     """
     model = functools.partial(latents.model, path, config, form=summary.form, prior=prior)
-    found: dict[str, Callable[..., Generated]] = {}
+    found: dict[tuple[str, float], Callable[..., Generated]] = {}
     programs: dict[str, Callable[..., Generated]] = {}
     for member in summary.members:
         vae, params = model(member=member)
         if member.variant not in programs:  # one for all seeds: their models are the same function of the parameters
             programs[member.variant] = realism.generator(vae)
-        found[member.group] = functools.partial(programs[member.variant], params, member.seed)
+        found[member.group, member.sigma] = functools.partial(programs[member.variant], params, member.seed)
     return found
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from experiments import statistics, tables
-from experiments.results import Headroom, Member, Row, Scored, Summary
+from experiments.results import Curve, Headroom, Member, Row, Scored, Summary
 from experiments.variants import LEADER, VARIANTS, Sigma
-from lvae_jax import evaluation, figures, runs
+from lvae_jax import evaluation, figures, runs, theory
 from lvae_jax.datasets import Form
 from lvae_jax.evaluation import Kind
 from lvae_jax.headroom import VARIANCES
@@ -32,6 +32,7 @@ class OfRow(Protocol):
     def sigma(self) -> float: ...
 
 
+BestElbo = Callable[[float], tuple[float, float]]  # see `domains.Domain`
 AnyOfRow = TypeVar("AnyOfRow", bound=OfRow)
 
 
@@ -96,9 +97,7 @@ def _diagnosis(diagnoses: Sequence[str]) -> str:
     )
 
 
-def with_limits(
-    row: Row, test_log_prob: float, *, entropy: float, best_elbo: Callable[[float], tuple[float, float]] | None
-) -> Row:
+def with_limits(row: Row, test_log_prob: float, *, entropy: float, best_elbo: BestElbo | None) -> Row:
     """The row of data of known density with its gap: the mean log p(x) of the test examples less the ELBO, in nats; and
     where sigma is one number and its `best_elbo` is known, the part of the gap that this sigma imposes on any networks,
     an interval."""
@@ -120,7 +119,22 @@ def line(title: str, row: Row) -> str:
 def table(summary: Summary, headroom: Headroom | None = None) -> str:
     """The summary as a table with notes and diagnoses, to which the `headroom` of the run adds, if it was measured."""
     diagnoses = [f"{title}: {rows[0].diagnosis}" for title, rows in by_row(summary.rows).items()]
-    return "\n".join([tables.sweep(summary).text(), *diagnoses, *(verdicts(headroom) if headroom is not None else ())])
+    lines = [*diagnoses, *best_sigmas(summary), *(verdicts(headroom) if headroom is not None else ())]
+    return "\n".join([tables.sweep(summary).text(), *lines])
+
+
+def best_sigmas(summary: Summary) -> list[str]:
+    """A line for conditioned models: the sigma of their largest ELBO, beside the one that the leader has learned."""
+    if not summary.curves:
+        return []
+    found = [("the largest ELBO at", [curve.best_sigma for curve in summary.curves])]
+    found.append((f"{VARIANTS[LEADER].title} learned", [m.sigma for m in summary.members if m.variant == LEADER]))
+    parts = [
+        f"{words} sigma = {tables.spread(float(np.mean(sigmas)), statistics.stddev(sigmas) if sigmas[1:] else None)}"
+        for words, sigmas in found
+        if sigmas
+    ]
+    return [f"{VARIANTS[summary.curves[0].variant].title}: {', '.join(parts)}"]
 
 
 def verdicts(result: Headroom) -> list[str]:
@@ -145,9 +159,10 @@ def draw(
     panels: Sequence[figures.Panel],
     *,
     draw_panels: Callable[..., figures.Figure],
+    best_elbo: BestElbo | None = None,
     echo: Callable[[str], None] = print,
 ) -> None:
-    """Writes the run's figures; `draw_panels` is that of the data's `Domain`."""
+    """Writes the run's figures; `draw_panels` and `best_elbo` are those of the data's `Domain`."""
     metrics = runs.read_curves(path)
 
     def curves(part: Sequence[Member]) -> figures.Curves:
@@ -156,10 +171,12 @@ def draw(
         return figures.Curves(columns[0]["step"], *values)
 
     rows = by_row(summary.members)
-    all_curves = {title: curves(part) for title, part in rows.items()}
+    # The metrics of a conditioned model are of all sigmas at once.
+    trained = {title: part for title, part in rows.items() if not VARIANTS[part[0].variant].conditioned} or rows
+    all_curves = {title: curves(part) for title, part in trained.items()}
     learned = {
         title: curve
-        for (title, part), curve in zip(rows.items(), all_curves.values(), strict=True)
+        for (title, part), curve in zip(trained.items(), all_curves.values(), strict=True)
         if VARIANTS[part[0].variant].sigma is not Sigma.CONSTANT
     }
     # Where all models are F-VAEs, colours tell their sigmas apart.
@@ -170,6 +187,8 @@ def draw(
         "sigma": lambda: figures.sigma_and_elbo(learned or all_curves, unit=summary.unit, colours=colours),
         "elbo": lambda: _elbo_against_sigma(summary),
     }
+    if summary.curves:
+        drawings["rate_distortion"] = lambda: _rate_distortion(summary, best_elbo)
     write_figures(path, drawings, echo=echo)
 
 
@@ -186,9 +205,38 @@ def write_figures(
             echo(f"{file} is left out, it cannot be drawn: {' '.join(str(error).split())}")
 
 
+def _curves(summary: Summary) -> dict[str, list[Curve]]:
+    """The curves of conditioned models by their title."""
+    found: dict[str, list[Curve]] = {}
+    for curve in summary.curves or ():
+        found.setdefault(VARIANTS[curve.variant].title, []).append(curve)
+    return found
+
+
+def _rate_distortion(summary: Summary, best_elbo: BestElbo | None) -> Any:
+    """Rate against distortion, n times the mean squared error."""
+    n, curves = summary.num_dimensions, _curves(summary)
+    names = list(dict.fromkeys(member.variant for member in summary.members))
+    points = {}
+    for name in names:
+        if not VARIANTS[name].conditioned:
+            part = [member for member in summary.members if member.variant == name]
+            points[VARIANTS[name].title] = np.array([[n * member.mse, member.kl] for member in part]).T
+    lines = {title: [np.array([n * np.array(c.mse), c.kl]) for c in found] for title, found in curves.items()}
+    limit = None
+    if best_elbo is not None:
+        sigmas = np.array(next(iter(curves.values()))[0].sigma)
+        distortions = np.concatenate([line[0] for found in lines.values() for line in found])
+        grid = np.geomspace(distortions.min(), distortions.max(), 200)
+        best = np.array([best_elbo(sigma)[1] for sigma in sigmas])
+        limit = grid, theory.least_rate(grid, sigmas, best, num_dimensions=n)
+    return figures.rate_distortion(points, lines, limit=limit, unit=summary.unit, colours=_colours(names))
+
+
 def _elbo_against_sigma(summary: Summary) -> Any:
     columns: dict[str, dict[str, np.ndarray]] = {}
     names = list(dict.fromkeys(member.variant for member in summary.members))
+    curves = _curves(summary)
     maps = [VARIANTS[name].title for name in names if VARIANTS[name].sigma is Sigma.MAP]
     for name in names:
         part = [member for member in summary.members if member.variant == name]
@@ -205,12 +253,13 @@ def _elbo_against_sigma(summary: Summary) -> Any:
             ]
         )
         for title, column in columns.items()
-        if title not in maps and summary.kind != Kind.DISCRETISED and summary.missing is None
+        if title not in (*maps, *curves) and summary.kind != Kind.DISCRETISED and summary.missing is None
     }
     limited = sorted({(row.sigma, row.best_elbo[1]) for row in summary.rows if row.best_elbo is not None})
     return figures.elbo_against_sigma(
         {title: (column["sigma"], column["elbo"]) for title, column in columns.items() if title not in maps},
         {title: column["elbo"] for title, column in columns.items() if title in {VARIANTS[LEADER].title, *maps}},
+        curves={title: [(np.array(c.sigma), np.array(c.elbo)) for c in found] for title, found in curves.items()},
         reused=(grid, reused),
         limits=np.array(limited).reshape(-1, 2).T,
         bound=None if summary.entropy is None else -summary.entropy,

@@ -55,10 +55,17 @@ def _from_json(kind: Any, value: Any) -> Any:
     """`value` as a field of the type `kind`: a JSON value, or a `Result`, one or None or a list of them."""
     if not fits(kind, value):
         raise TypeError(f"not of the type {kind}")
-    parts = [part for part in (kind, *typing.get_args(kind)) if isinstance(part, type) and issubclass(part, Result)]
-    if not parts or value is None:
+    result = _result_in(kind)
+    if result is None or value is None:
         return value
-    return [parts[0].from_json(each) for each in value] if isinstance(value, list) else parts[0].from_json(value)
+    return [result.from_json(each) for each in value] if isinstance(value, list) else result.from_json(value)
+
+
+def _result_in(kind: Any) -> type[Result] | None:
+    """The class of results of which values of the type `kind` consist, if they do."""
+    if isinstance(kind, type) and issubclass(kind, Result):
+        return kind
+    return next((found for part in typing.get_args(kind) if (found := _result_in(part)) is not None), None)
 
 
 def fits(kind: Any, value: Any) -> bool:
@@ -189,6 +196,34 @@ class Row(Scored):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve(Result):
+    """A conditioned model read at each of T sigmas of its range: the means over the first test examples.
+
+    Attributes:
+      sigma, elbo, kl, mse: [T]; see `vae.Scores`.
+    """
+
+    variant: str
+    seed: int
+    sigma: list[float]
+    elbo: list[float]
+    kl: list[float]
+    mse: list[float]
+
+    @property
+    def best_sigma(self) -> float:
+        """The sigma of the largest ELBO: the top of the parabola through the three highest points, over log sigma."""
+        log_sigma, elbo = np.log(self.sigma), np.array(self.elbo)
+        middle = min(max(int(elbo.argmax()), 1), len(elbo) - 2)
+        near = slice(middle - 1, middle + 2)
+        curvature, slope, _ = np.polyfit(log_sigma[near] - log_sigma[middle], elbo[near], 2)
+        if curvature >= 0.0:  # the highest point is at an end
+            return self.sigma[int(elbo.argmax())]
+        top = -0.5 * slope / curvature
+        return float(np.exp(np.clip(log_sigma[middle] + top, log_sigma[0], log_sigma[-1])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyMeasures(Result):
     """Figs. 4, 6 and 7 in numbers, in lengths of the toy: see `domains.toy_measures`."""
 
@@ -218,6 +253,7 @@ class Summary(Limits):
       prior: its name in `priors.PRIORS`; None for N(0, I).
       kind: one of `evaluation.Kind`, or `POINTS`.
       histograms: bits per dimension of `evaluation.histograms`; empty for points.
+      curves: of conditioned models; None without any.
     """
 
     rows: list[Row]
@@ -239,6 +275,7 @@ class Summary(Limits):
     scale: float | None = None
     missing: float | None = None
     prior: str | None = None
+    curves: list[Curve] | None = None
 
     @property
     def form(self) -> Form:

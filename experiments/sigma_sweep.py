@@ -23,7 +23,7 @@ from absl import flags
 
 from experiments import command, hosts, initial, loop, options, report, results, sizes, survey, sweep
 from experiments.programs import Group, Programs
-from experiments.results import POINTS, Headroom, Member, Row, Summary
+from experiments.results import POINTS, Curve, Headroom, Member, Row, Summary
 from experiments.sweep import Config, configure, data_options
 from experiments.variants import FOLLOWERS, LEADER, VARIANTS, Record, Sigma
 from lvae_jax import celeba, datasets, diagnostics, evaluation, figures, runs, training
@@ -32,6 +32,8 @@ from lvae_jax.evaluation import Kind
 from lvae_jax.priors import PRIORS
 
 NUM_EVIDENCE_EXAMPLES = 1000
+NUM_CURVE_EXAMPLES = 1000
+NUM_CURVE_POINTS = 25
 EXCLUDING = "--density, --discretise and --dequantize exclude each other: give one of them"
 
 
@@ -102,6 +104,10 @@ def check(config: Config, **places: Any) -> None:
             raise command.UsageError(
                 f"--variants={variant} gives grey levels no probabilities: add --dequantize or --density"
             )
+    if any(VARIANTS[variant].conditioned for variant in config.variants):
+        sweep.check_range(config.sigma_range, config.sigma)
+    elif config.sigma_range != Config().sigma_range:
+        raise command.UsageError("--sigma_range is for conditioned: add it to --variants, or leave --sigma_range out")
     followers = [variant for variant in FOLLOWERS if variant in config.variants]
     leads = LEADER in config.variants
     if followers and not leads and config.sigma_from is None:
@@ -227,9 +233,10 @@ def train_all(
     members: list[Member] = []
     panels: list[figures.Panel] = []
     rows: list[Row] = []
+    curves: list[Curve] = []
     trained: vae_lib.Params | None = None  # of the leader
     quiet = jax.process_index() != 0
-    num_members = config.num_seeds * sum(len(config.sigma) if VARIANTS[variant].swept else 1 for variant in order)
+    num_members = config.num_seeds * sum(len(config.sigma) if VARIANTS[variant].per_sigma else 1 for variant in order)
     total = num_members * config.num_steps
     # smoothing=0: the time that is left follows from the mean rate, in which every variant's compilation counts.
     with tqdm.tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0, disable=quiet) as bar:
@@ -246,14 +253,16 @@ def train_all(
                 keep_record(path, record)
             members += done.members
             panels += done.panels
+            curves += done.curves
             for title, part in report.by_row(done.members).items():
                 rows.append(report.row(part, dataset.form, kind=kind))
                 if not quiet:
                     with tqdm.tqdm.external_write_mode():
                         echo(report.line(title, rows[-1]))
-    summary = summarise(config, dataset, rows, members)
+    summary = summarise(config, dataset, rows, members, curves)
     if jax.process_index() == 0:  # which has all metrics
-        report.draw(path, summary, panels, draw_panels=sweep.domain(config).draw, echo=echo)
+        domain = sweep.domain(config)
+        report.draw(path, summary, panels, draw_panels=domain.draw, best_elbo=domain.best_elbo, echo=echo)
     return summary
 
 
@@ -292,12 +301,14 @@ def check_checkpoints(config: Config, path: Path, programs: Mapping[str, Program
 
 class Trained(NamedTuple):
     """The results of a variant. members, panels: see `evaluate`, the panels of the first seed; record: sigma(t) of all
-    members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with them, else None."""
+    members; weights: their trained params, leaves [M, ...], if a variant of the sweep begins with them, else None;
+    curves: of those that are conditioned."""
 
     members: list[Member]
     panels: list[figures.Panel]
     record: Record
     weights: vae_lib.Params | None
+    curves: list[Curve]
 
 
 def train_variant(
@@ -321,23 +332,71 @@ def train_variant(
     panels: list[figures.Panel] = []
     records: list[Record] = []
     weights: list[vae_lib.Params] = []
+    curves: list[Curve] = []
     schedule = {"num_steps": config.num_steps, "batch_size": config.batch_size}
     continued = any(VARIANTS[other].after_leader for other in config.variants)
     for group in groups:
         states, sigmas = loop.fit(path, group, programs, train, **schedule, bar=bar, pace=pace)
-        group_members, group_panels = evaluate(config, variant, group, programs, states, errors)
         if continued and VARIANTS[variant].leads:
             weights.append(jax.device_get(states.weights))
-        # The sigma after the last update is known only now: fit leaves this entry to the evaluation.
-        sigmas[:, -1] = [member.sigma_max for member in group_members]
+        for at_sigma, read in readings(config, variant, group, states, programs.dataset.form):
+            found, drawn = evaluate(config, variant, at_sigma, programs, read, errors)
+            members += found
+            panels += [panel for seed, panel in zip(group.seeds, drawn, strict=True) if seed == config.seed]
+            # The sigma after the last update is known only now: fit leaves this entry to the evaluation.
+            sigmas[:, -1] = [member.sigma_max for member in found]
         records.append(sigmas)
-        members += group_members
-        panels += [panel for seed, panel in zip(group.seeds, group_panels, strict=True) if seed == config.seed]
+        if VARIANTS[variant].conditioned:
+            curves += measure_curves(config, variant, group, programs, states)
     together = jax.tree.map(lambda *parts: np.concatenate(parts), *weights) if weights else None
-    return Trained(members, panels, np.concatenate(records), together)
+    return Trained(members, panels, np.concatenate(records), together, curves)
 
 
-def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], members: list[Member]) -> Summary:
+def readings(
+    config: Config, variant: str, group: Group, states: training.TrainState, form: datasets.Form
+) -> list[tuple[Group, training.TrainState]]:
+    """The group with its states as it is evaluated: as it was trained or, if it is conditioned, at each --sigma."""
+    if not VARIANTS[variant].conditioned:
+        return [(group, states)]
+    return [at(config, variant, group, states, sigma, form) for sigma in config.sigma]
+
+
+def at(
+    config: Config, variant: str, group: Group, states: training.TrainState, sigma: float, form: datasets.Form
+) -> tuple[Group, training.TrainState]:
+    """The conditioned group at this sigma."""
+    sigmas = np.full(len(group.seeds), sigma)
+    params = states.weights | sweep.told(config, variant, sigmas, form)
+    return group._replace(sigmas=sigmas), states._replace(params=params, ema=None)
+
+
+def measure_curves(
+    config: Config, variant: str, group: Group, programs: Programs, states: training.TrainState
+) -> list[Curve]:
+    """The curve of each member of a conditioned group over its range of sigma, on the first test examples."""
+    low, high = config.sigma_range
+    sigmas = np.geomspace(low, high, NUM_CURVE_POINTS)
+    found = []
+    for sigma in sigmas:
+        scores = programs.score(*at(config, variant, group, states, sigma, programs.dataset.form), NUM_CURVE_EXAMPLES)
+        found.append([np.asarray(field, np.float64).mean(axis=-1) for field in (scores.elbo, scores.kl, scores.mse)])
+    elbo, kl, mse = np.moveaxis(np.array(found), 0, -1)  # each [M, number of sigmas]
+    return [
+        Curve(
+            variant=variant,
+            seed=int(seed),
+            sigma=sigmas.tolist(),
+            elbo=elbo[index].tolist(),
+            kl=kl[index].tolist(),
+            mse=mse[index].tolist(),
+        )
+        for index, seed in enumerate(group.seeds)
+    ]
+
+
+def summarise(
+    config: Config, dataset: datasets.Dataset, rows: list[Row], members: list[Member], curves: list[Curve]
+) -> Summary:
     """The content of summary.json. Rows get the limits of the data, if these are known."""
     domain = sweep.domain(config)
     limits = domain.limits(dataset)
@@ -348,6 +407,7 @@ def summarise(config: Config, dataset: datasets.Dataset, rows: list[Row], member
     return Summary(
         rows=rows,
         members=members,
+        curves=curves or None,
         dataset=config.dataset,
         shape=list(dataset.shape),
         levels=dataset.levels,

@@ -6,7 +6,7 @@ The commands that train, report or use a sweep import this module, and not each 
 import functools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -105,6 +105,10 @@ class Config(NamedTuple):
         tuple[int, ...],
         Option(COMPARISON, "ranks of tangent's covariance, one model for each", at_least(0)),
     ] = (10,)
+    sigma_range: Annotated[
+        tuple[float, ...],
+        Option(COMPARISON, "lowest and highest sigma that conditioned is trained for, in units of the data"),
+    ] = (0.01, 1.0)
     num_seeds: Annotated[
         int, Option(COMPARISON, "runs of each variant and sigma; figures show the first", at_least(1, at_most=100_000))
     ] = 3
@@ -348,7 +352,8 @@ def model(config: Config, variant: str, form: datasets.Form) -> Callable[[Any], 
     network = of_data.network(config.widths)
     network |= {"num_blocks": config.num_blocks, "dtype": jnp.bfloat16 if config.bfloat16 else None}
     network["prior"] = PRIORS[config.prior](config.latent_size)
-    head: dict[str, Any] = {name: getattr(config, name) for name in ("gain", "num_components", "discretise")}
+    names = ("gain", "num_components", "discretise", "sigma_range")
+    head: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.balance:
         begin = round(BALANCED * config.num_steps)
         head["balance"] = optax.linear_schedule(config.balance, 0.0, max(1, config.num_steps - begin), begin)
@@ -364,8 +369,8 @@ def model(config: Config, variant: str, form: datasets.Form) -> Callable[[Any], 
 def groups(
     config: Config, variant: str, record: Record | None, *, trained: vae_lib.Params | None = None
 ) -> list[Group]:
-    """The sweep members of a variant, all together or, as the data ask for, each alone; of one that is swept, every
-    sigma with every seed.
+    """The models of a variant that are trained, all together or, as the data ask for, each alone: of one that is swept,
+    and not conditioned, every sigma with every seed.
 
     `record` is that of the leader's runs, of which the sigmas of followers are made; others need none. `trained` are
     the params of these runs, leaves [num_seeds, ...], with which a variant begins that continues them.
@@ -373,7 +378,7 @@ def groups(
     of_variant = VARIANTS[variant]
     seeds = np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32)
     sigmas = np.ones(config.num_seeds)
-    if of_variant.swept:
+    if of_variant.per_sigma:
         sigmas, seeds = np.repeat(config.sigma, config.num_seeds), np.tile(seeds, len(config.sigma))
     elif of_variant.follow is not None:
         assert record is not None, "the leader comes before its followers"
@@ -402,7 +407,7 @@ def memory(config: Config, form: datasets.Form) -> int:
     weights = 4 * config.num_importance_samples * max(1, min(1000, 2**20 // math.prod(shape)))
     largest = 0
     for variant in config.variants:
-        num_members = together * (len(config.sigma) if VARIANTS[variant].swept and together > 1 else 1)
+        num_members = together * (len(config.sigma) if VARIANTS[variant].per_sigma and together > 1 else 1)
         # Neither steps nor sigmas change the shapes of a model.
         vae = trained_vae(config._replace(num_steps=1, warmup_steps=0), variant, form)
         key = jax.eval_shape(lambda: of_seed(0))
@@ -440,6 +445,22 @@ def check_memory(config: Config, form: datasets.Form) -> None:
     raise command.UsageError(
         f"--{name}={text}: the run needs at least {sizes.text(needed)} of memory, of {sizes.text(there)}: give less"
     )
+
+
+def check_range(sigma_range: Sequence[float], sigmas: Sequence[float]) -> None:
+    """Raises if these are not the lowest and the highest sigma of a range in which the `sigmas` lie.
+
+    Raises:
+      command.UsageError: the message, one line, names the flag.
+    """
+    text = ",".join(f"{limit:g}" for limit in sigma_range)
+    if len(sigma_range) != 2 or not 0.0 < sigma_range[0] < sigma_range[1] < math.inf:
+        raise command.UsageError(f"--sigma_range={text}: give the lowest and the highest sigma, two positive numbers")
+    for sigma in sigmas:
+        if not sigma_range[0] <= sigma <= sigma_range[1]:
+            raise command.UsageError(
+                f"--sigma={sigma:g}: conditioned models are for --sigma_range={text}, give a sigma within"
+            )
 
 
 def any_record(config: Config) -> Record:
@@ -490,7 +511,8 @@ def source(path: Path, config: Config, dataset: str | None, celeba_dir: str | No
 
 
 def trained_vae(config: Config, variant: str, form: datasets.Form) -> vae_lib.VAE:
-    """The model of a variant in a finished run, for any sigma: that of a trained member is in its parameters."""
+    """The model of a variant in a finished run, for any sigma: that of a trained member is in its parameters, where
+    `trained` puts that of a conditioned one."""
     sigma = jnp.ones(config.num_steps + 1) if VARIANTS[variant].sigma is Sigma.SCHEDULED else 1.0
     return model(config, variant, form)(sigma)
 
@@ -525,4 +547,13 @@ def trained(path: Path, config: Config, member: Member, form: datasets.Form) -> 
       runs.RunError: as `restore` says.
     """
     weights = restore(path, config, member.group, member.variant, form)
-    return trained_vae(config, member.variant, form), jax.tree.map(lambda leaf: leaf[member.member], weights)
+    params = jax.tree.map(lambda leaf: leaf[member.member], weights)
+    if VARIANTS[member.variant].conditioned:
+        params |= told(config, member.variant, member.sigma, form)
+    return trained_vae(config, member.variant, form), params
+
+
+def told(config: Config, variant: str, sigma: Any, form: datasets.Form) -> vae_lib.Params:
+    """The part of a conditioned model's params that holds its sigma, a number or one for each of M members, in units of
+    the data of this form."""
+    return {"likelihood": model(config, variant, form)(jnp.asarray(sigma, jnp.float32)).likelihood.init()}

@@ -16,6 +16,7 @@ from lvae_jax import likelihoods, networks
 from lvae_jax import vae as vae_lib
 from lvae_jax.datasets import Form
 from lvae_jax.likelihoods import Likelihood, Schedule
+from lvae_jax.sigma_range import SigmaRange
 
 Record = Float[np.ndarray, "M T+1"]
 """sigma(t) of the leader's runs, one row for each seed, in force at each step from 0 to T."""
@@ -64,7 +65,8 @@ class Variant(NamedTuple):
       head: (sigma, options) -> the observation model; sigma is the initial one where it is learned.
       sigma: what its sigma is.
       takes: the names of the options that `head` takes, of those that `make_vae` has.
-      swept: it has one member for each value of --sigma, instead of one alone.
+      swept: it has one row for each value of --sigma, instead of one alone.
+      conditioned: its networks are told sigma: one model gives all of its rows.
       leads: the sigma(t) of its runs is that of the variants that follow.
       follow: (record, half_way) -> the members' sigmas [M] or [M, T + 1], made of the leader's; None if it does not
         follow.
@@ -79,6 +81,7 @@ class Variant(NamedTuple):
     sigma: Sigma
     takes: tuple[str, ...] = ()
     swept: bool = False
+    conditioned: bool = False
     leads: bool = False
     follow: Callable[[Record, int], np.ndarray] | None = None
     warmup: bool = False
@@ -89,7 +92,12 @@ class Variant(NamedTuple):
     @property
     def program(self) -> tuple[Any, ...]:
         """Variants with the same differ only in the values of sigma: one compiled program serves them all."""
-        return self.head, self.takes, self.warmup, self.after_leader
+        return self.head, self.takes, self.warmup, self.after_leader, self.conditioned
+
+    @property
+    def per_sigma(self) -> bool:
+        """Whether one model is trained for each value of --sigma."""
+        return self.swept and not self.conditioned
 
 
 LEARNED_BY_DECODER = ("gain", "balance", "ramp", "floor")
@@ -158,6 +166,7 @@ VARIANTS = Variants(
         "tangent": Variant(
             "tangent VAE", tangent, Sigma.MAP, takes=("gain", "ramp", "floor"), ranked=True, discrete=False
         ),
+        "conditioned": Variant("conditioned VAE", likelihoods.fixed, Sigma.CONSTANT, swept=True, conditioned=True),
     }
 )
 LEADER = next(name for name, variant in VARIANTS.items() if variant.leads)
@@ -176,6 +185,7 @@ def make_vae(
     ramp: Schedule | None = None,
     num_components: int = 5,
     discretise: bool = False,
+    sigma_range: tuple[float, ...] = (),
     **network: Any,
 ) -> vae_lib.VAE:
     """The paper's networks for data of this kind and form, under the observation model of the variant `name`.
@@ -183,7 +193,8 @@ def make_vae(
     `sigma` is a number or, for the scheduled variants, one for each step, in units of the data; a sigma that is learned
     from the start begins at `sigma` times the data's scale. `gain`, `balance`, `ramp` and `num_components` are those of
     `likelihoods.learned_vector` and `mixture`. No learned sigma goes below the noise of quantisation of grey levels.
-    `network` are the prior and options of both networks.
+    `sigma_range` is that of conditioned variants, in units of the data. `network` are the prior and options of both
+    networks.
     """
     variant, shape, levels = VARIANTS[name], form.shape, form.levels
     options: dict[str, Any] = {
@@ -200,6 +211,9 @@ def make_vae(
     likelihood = variant.head(sigma=sigma, **{option: options[option] for option in variant.takes if option in options})
     if discretise and levels is not None:
         likelihood = likelihoods.discretised(likelihood, levels=levels)
+    if variant.conditioned:
+        low, high = sigma_range
+        network["sigma_range"] = SigmaRange(low / form.scale, high / form.scale)
     make = functools.partial(domain.make_vae, latent_size=latent_size, **network)
     vae = make(shape, likelihood)
     if variant.after_leader:

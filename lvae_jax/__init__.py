@@ -34,6 +34,7 @@ from lvae_jax.likelihoods import (
 )
 from lvae_jax.networks import Decoder, Encoder, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
 from lvae_jax.priors import Prior, sampled_kl, standard_normal
+from lvae_jax.sigma_range import SigmaRange
 from lvae_jax.training import TrainState, init_state, optimizer, train_step, train_steps
 from lvae_jax.vae import (
     VAE,
@@ -62,6 +63,7 @@ __all__ = [
     "Prior",
     "Schedule",
     "Scores",
+    "SigmaRange",
     "Terms",
     "TrainState",
     "conv_decoder",

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,14 @@ from matplotlib.figure import Figure
 
 _DATA, _MEANS, _SAMPLES, _TANGENTS = "tab:blue", "tab:orange", "tab:green", "black"
 # Matplotlib's ten without C7, the grey of other lines, and four more.
-MODEL_COLOURS = (*(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "#393b79", "#7b4173", "#e7ba52", "#637939")
+MODEL_COLOURS = (
+    *(f"C{index}" for index in (0, 1, 2, 3, 4, 5, 6, 8, 9)),
+    "#393b79",
+    "#7b4173",
+    "#e7ba52",
+    "#637939",
+    "#111111",
+)
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
 
@@ -369,6 +377,7 @@ def elbo_against_sigma(
     limits: np.ndarray,
     bound: float | None,
     unit: str,
+    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]] = MappingProxyType({}),
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
     """The final ELBO of each member against its sigma; models that learn sigma are lines with their spread.
@@ -379,6 +388,7 @@ def elbo_against_sigma(
       reused: sigmas [T], and title -> ELBOs [M, T] of the same models, unchanged, at these.
       limits: [2, P], sigmas and the best ELBO that any networks reach at them; may be empty.
       bound: the ELBO that no model exceeds, if it is known.
+      curves: title -> (sigmas [T], ELBOs [T]) of each member that has an ELBO at every sigma.
       colours: title -> colour; by default, colours follow the order of `lines` and `points`.
     """
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
@@ -391,6 +401,9 @@ def elbo_against_sigma(
             axis.axhspan(elbos.mean() - spread, elbos.mean() + spread, color=colours[title], alpha=0.15, linewidth=0)
     for title, elbos in reused[1].items():
         axis.plot(reused[0], elbos.T, color=colours[title], linewidth=0.6, alpha=0.5)
+    for title, of_members in curves.items():
+        for sigmas, elbos in of_members:
+            axis.plot(sigmas, elbos, color=colours[title], linewidth=0.9)
     for index, (marker, (title, (sigmas, elbos))) in enumerate(zip(itertools.cycle(_MARKERS), points.items())):
         # Where several have learned the same, each is seen: the first on top, the others around it.
         style: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.2, "linestyle": ""}
@@ -412,6 +425,37 @@ def elbo_against_sigma(
     sigmas = np.concatenate([sigmas for sigmas, _ in points.values()]) if points else reused[0]
     axis.set_xlim(sigmas.min() / 2.0, sigmas.max() * 2.0)
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def rate_distortion(
+    points: Mapping[str, np.ndarray],
+    curves: Mapping[str, Sequence[np.ndarray]],
+    *,
+    limit: tuple[np.ndarray, np.ndarray] | None,
+    unit: str,
+    colours: Mapping[str, str],
+) -> Figure:
+    """The rate, the KL in nats, against the distortion, the squared error of an example: what each nat of the latent
+    variables wins.
+
+    Args:
+      points: title -> [2, M], distortions and rates of members.
+      curves: title -> [2, T] of each member that is read at T sigmas.
+      limit: distortions, and the rates below which no networks come at them; None if they are not known.
+    """
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    axis = figure.subplots()
+    for title, of_members in curves.items():
+        for index, (distortions, rates) in enumerate(of_members):
+            axis.plot(distortions, rates, color=colours[title], linewidth=0.9, label=None if index else title)
+    for marker, (title, (distortions, rates)) in zip(itertools.cycle(_MARKERS), points.items()):
+        axis.plot(distortions, rates, marker, color=colours[title], markerfacecolor="none", markersize=6.0, label=title)
+    if limit is not None:
+        axis.plot(*limit, color="black", linestyle="--", linewidth=1.0, label="no networks come below")
+    axis.set(xscale="log", xlabel=f"distortion: squared error [({unit})$^2$]", ylabel="rate: KL [nats]")
+    axis.set_ylim(bottom=0.0)
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 

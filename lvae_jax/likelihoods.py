@@ -112,8 +112,9 @@ class Likelihood(NamedTuple):
     masked: bool = False
 
 
-def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
-    """F-VAE: N(mean, sigma^2 I), sigma a positive constant or a schedule, a pure function of the (traced) step.
+def fixed(sigma: float | Float[Array, "*B"] | Schedule = 1.0) -> Likelihood:
+    """F-VAE: N(mean, sigma^2 I), sigma a positive constant, one for each of B examples, or a schedule, a pure function
+    of the (traced) step.
 
     The sigma in force is in the parameters, which `init` gives: `vae.with_likelihood` sets it in a trained model. It
     has no gradient; for that take `learned_scalar`.
@@ -131,9 +132,12 @@ def fixed(sigma: float | Float[Array, ""] | Schedule = 1.0) -> Likelihood:
     else:
         _check_sigma(sigma)
         init, update = lambda: _log(sigma), _unchanged
-    return _elementwise(
-        GAUSSIAN, 1, 0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(params["log_stddev"])
-    )
+
+    def log_stddev(params: Params, outputs: Float[Array, "B *S K"]) -> Float[Array, "..."]:
+        given = jax.lax.stop_gradient(params["log_stddev"])
+        return given if given.ndim == 0 else given.reshape(-1, *(1,) * (outputs.ndim - 2))
+
+    return _elementwise(GAUSSIAN, 1, 0.0, init, update, log_stddev)
 
 
 def learned_scalar(sigma: float | Float[Array, ""] = 1.0, *, floor: float = FLOOR) -> Likelihood:
@@ -635,7 +639,7 @@ def _soft_clip(floor: float) -> Callable[[Float[Array, "..."]], Float[Array, "..
     return lambda log_stddev: gaussians.soft_clip(log_stddev, math.log(floor), high)
 
 
-def _log(sigma: float | Float[Array, ""]) -> Params:
+def _log(sigma: float | Float[Array, "..."]) -> Params:
     """A strongly typed log sigma: with a weak type, the second step of training would compile again."""
     return {"log_stddev": jnp.log(jnp.asarray(sigma, jnp.float32))}
 

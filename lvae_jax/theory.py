@@ -233,3 +233,25 @@ def linear_best_elbo(
     terms = np.log(covariance) + variances / covariance
     unseen = (num_dimensions - len(variances)) * np.log(noise[..., 0])
     return np.asarray(-0.5 * (num_dimensions * math.log(2.0 * math.pi) + terms.sum(axis=-1) + unseen))
+
+
+def least_rate(
+    distortion: Float[np.ndarray, " P"],
+    sigma: Float[np.ndarray, " T"],
+    best_elbo: Float[np.ndarray, " T"],
+    *,
+    num_dimensions: int,
+) -> Float[np.ndarray, " P"]:
+    """A lower bound on the rate, E KL(q(z|x) || p(z)) in nats, of every VAE whose squared error of an example is
+    `distortion` on average, given the largest ELBO of any networks at each of T fixed sigmas; not below 0.
+
+    At a fixed sigma, ELBO = -D / (2 sigma^2) - (n/2) log(2 pi sigma^2) - R, for a distortion D and a rate R that do not
+    depend on it. No VAE is above the best ELBO at any sigma: each bounds the rate by a line in D, and this is the
+    largest of these bounds.
+
+    >>> best = linear_best_elbo(np.array([0.5, 1.0]), np.array([2.0]), num_dimensions=1, latent_size=1)
+    >>> least_rate(np.array([1.0]), np.array([0.5, 1.0]), best, num_dimensions=1).round(3)  # log(2 / 1): Gaussian
+    array([0.693])
+    """
+    log_likelihood = -0.5 * (distortion[:, None] / sigma**2 + num_dimensions * np.log(2.0 * np.pi * sigma**2))
+    return np.maximum(np.max(log_likelihood - best_elbo, axis=1), 0.0)

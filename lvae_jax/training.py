@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from lvae_jax import vae as vae_lib
 from lvae_jax.keys import Stream, example_keys, stream_key
 from lvae_jax.likelihoods import Schedule
+from lvae_jax.sigma_range import NUM_DRAWS
 from lvae_jax.vae import VAE, Params, Scores
 
 
@@ -101,7 +102,8 @@ def train_step(
     ema_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of gradient ascent on the batch mean of log p(x|z) - beta KL; beta = 1 is the ELBO.
+    """One step of gradient ascent on the batch mean of log p(x|z) - beta KL; beta = 1 is the ELBO. For a model with a
+    `sigma_range`, each example is taken at several sigmas of its own, with a `SigmaRange.weight` each in the mean.
 
     Args:
       key: the step's; an example draws its z from fold_in(key, index).
@@ -113,14 +115,22 @@ def train_step(
       axis_name: of the mapped axis whose devices share the batch, in equal parts; gradients and metrics are those of
         the whole batch.
     """
+    told: Params = {}
+    weight: Array | float = 1.0
+    if vae.sigma_range is not None:
+        sigma_key, key = jax.random.split(key)
+        x = jnp.repeat(x, NUM_DRAWS, axis=0)
+        index = (NUM_DRAWS * index[:, None] + jnp.arange(NUM_DRAWS)[None]).ravel()
+        log_sigma = vae.sigma_range.draw(sigma_key, index)
+        told, weight = {"likelihood": {"log_stddev": log_sigma}}, vae.sigma_range.weight(log_sigma)
     keys = example_keys(key, index)
     del key
-    weight = beta(state.step) if callable(beta) else beta
+    beta_now = beta(state.step) if callable(beta) else beta
 
     def loss(params: Params) -> tuple[Float[Array, ""], vae_lib.Terms]:
-        terms = vae_lib.elbo(keys, vae, params, x)
+        terms = vae_lib.elbo(keys, vae, params | told, x)
         # The only mean over examples; all terms are sums over dimensions.
-        return jnp.mean(weight * terms.kl - terms.log_likelihood), terms
+        return jnp.mean(weight * (beta_now * terms.kl - terms.log_likelihood)), terms
 
     # Metrics are of the parameters before the step: they cost no second pass.
     gradients, terms = jax.grad(loss, has_aux=True)(state.params)

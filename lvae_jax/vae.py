@@ -18,6 +18,7 @@ from lvae_jax.keys import as_threefry
 from lvae_jax.likelihoods import Likelihood
 from lvae_jax.networks import Decoder, Encoder
 from lvae_jax.priors import STANDARD_NORMAL, Prior
+from lvae_jax.sigma_range import SigmaRange
 
 Params = dict[str, Any]
 
@@ -26,6 +27,8 @@ class VAE(NamedTuple):
     """A model. Its parameters are a dict with the keys encoder, decoder and likelihood, and prior if that has any.
 
     The sigma of a head is among the parameters: to put another head on a trained model, take `with_likelihood`.
+    With a `sigma_range`, encoder and decoder are conditioned networks, which are told that of the head
+    `likelihoods.fixed`: one model for all sigmas of the range.
     """
 
     encoder: Encoder
@@ -33,6 +36,7 @@ class VAE(NamedTuple):
     likelihood: Likelihood
     latent_size: int
     prior: Prior = STANDARD_NORMAL
+    sigma_range: SigmaRange | None = None
 
 
 class Terms(NamedTuple):
@@ -89,13 +93,19 @@ def mlp_vae(
     *,
     latent_size: int,
     prior: Prior = STANDARD_NORMAL,
+    sigma_range: SigmaRange | None = None,
     **network: Any,
 ) -> VAE:
     """The VAE of `networks.mlp_encoder` and `networks.mlp_decoder`, whose options `network` are, for data of this
-    shape."""
+    shape.
+
+    Raises:
+      ValueError: a size of the networks is not positive, or the `sigma_range` is none.
+    """
+    network |= _told(sigma_range)
     encoder = networks.mlp_encoder(shape, latent_size, **network)
     decoder = networks.mlp_decoder(shape, likelihood.outputs, latent_size, **network)
-    return VAE(encoder, decoder, likelihood, latent_size, prior)
+    return VAE(encoder, decoder, likelihood, latent_size, prior, sigma_range)
 
 
 def conv_vae(
@@ -104,13 +114,19 @@ def conv_vae(
     *,
     latent_size: int,
     prior: Prior = STANDARD_NORMAL,
+    sigma_range: SigmaRange | None = None,
     **network: Any,
 ) -> VAE:
     """The VAE of `networks.conv_encoder` and `networks.conv_decoder`, whose options `network` are, for images of this
-    shape [H, W, C]."""
+    shape [H, W, C].
+
+    Raises:
+      ValueError: as `mlp_vae`.
+    """
+    network |= _told(sigma_range)
     encoder = networks.conv_encoder(shape, latent_size, **network)
     decoder = networks.conv_decoder(shape, likelihood.outputs, latent_size, **network)
-    return VAE(encoder, decoder, likelihood, latent_size, prior)
+    return VAE(encoder, decoder, likelihood, latent_size, prior, sigma_range)
 
 
 def rescaled(vae: VAE, *, centre: Float[np.ndarray, "*S"] | float, scale: float) -> VAE:
@@ -195,9 +211,12 @@ def init(key: Key[Array, ""], vae: VAE) -> Params:
 def encode(
     vae: VAE, params: Params, x: Float[Array, "B *S"], *, condition: Float[Array, "B C"] | None = None
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """The mean and the log stddev of q(z|x), both [B, L]. Only a network that is conditioned gets a condition."""
-    inputs = (x,) if condition is None else (x, condition)
-    return vae.encoder.apply(params["encoder"], *inputs)
+    """The mean and the log stddev of q(z|x), both [B, L]. Only a network that is conditioned gets a condition, by
+    default the sigma of the head if the model has a `sigma_range`."""
+    mean, log_stddev = vae.encoder.apply(params["encoder"], x, *_conditions(vae, params, condition))
+    if vae.sigma_range is None:
+        return mean, log_stddev
+    return vae.sigma_range.posterior(mean, log_stddev, params["likelihood"]["log_stddev"])
 
 
 def decode(
@@ -208,8 +227,7 @@ def decode(
     Raises:
       ValueError: the decoder has another number of channels than the head needs.
     """
-    inputs = (z,) if condition is None else (z, condition)
-    outputs = vae.decoder.apply(params["decoder"], *inputs)
+    outputs = vae.decoder.apply(params["decoder"], z, *_conditions(vae, params, condition))
     # JAX clamps an index that is out of range: a head would read another channel without a word.
     if outputs.shape[-1] != vae.likelihood.outputs:
         raise ValueError(
@@ -383,6 +401,20 @@ def generate(
         head.mean(head_params, outputs),
         head.stddev(head_params, outputs),
     )
+
+
+def _told(sigma_range: SigmaRange | None) -> dict[str, int]:
+    """The option of networks that makes them conditioned on sigma."""
+    if sigma_range is None:
+        return {}
+    sigma_range.check()
+    return {"condition_size": 1}
+
+
+def _conditions(vae: VAE, params: Params, condition: Array | None) -> tuple[Array, ...]:
+    if condition is not None:
+        return (condition,)
+    return () if vae.sigma_range is None else (vae.sigma_range.condition(params["likelihood"]["log_stddev"]),)
 
 
 def _of_prior(params: Params) -> Params:

@@ -91,6 +91,20 @@ WEIGHTS, MOMENTS, NOT_THERE = _tests(
     "unknown_members_are_refused",
 )
 (LATE,) = _tests("initial", "options_of_the_evaluation_change_without_training")
+PRODUCT, EVENLY, LINEAR, CLOSES, OWN_DRAWS = _tests(
+    "sigma_range",
+    "posterior_is_the_product_of_its_two_parts",
+    "draws_cover_the_range_evenly",
+    "gates_hold_the_linear_optimum_at_every_sigma",
+    "root_gate_closes_without_nan",
+    "each_example_is_taken_at_sigmas_of_its_own",
+)
+TOLD, CURVES, RATES = _tests(
+    "conditioned",
+    "trained_model_is_told_its_sigma",
+    "curves_go_through_the_rows",
+    "rates_of_gaussian_data_meet_their_limit",
+)
 GAIN, DROPPED, DIVIDED, UNUSED, BEST = _tests(
     "second_stage",
     "gain_is_the_change_of_the_elbo",
@@ -113,6 +127,7 @@ PROGRAMS, INITIAL = "experiments/programs.py", "experiments/initial.py"
 REALISM, LATENTS, STAGE = (f"experiments/{name}.py" for name in ("realism", "latents", "second_stage"))
 MASKED, TANGENT = "tests/test_masked.py", "tests/test_tangent.py"
 LOW_RANK, HEADROOM = "lvae_jax/low_rank.py", "lvae_jax/headroom.py"
+RANGE = "lvae_jax/sigma_range.py"
 
 ROWS = "tests/test_digits.py::test_each_row_is_printed_when_it_is_done"
 
@@ -183,6 +198,24 @@ MUTANTS = [
     Mutant("band_turns_twice", "lvae_jax/ribbon.py", "return 0.5 * jnp.pi * (u + 1.0)", "return jnp.pi * (u + 1.0)"),
     Mutant("rest_of_all_directions", HEADROOM, "/ (e.shape[1] - rank)", "/ e.shape[1]"),
     Mutant("filter_sees_its_pixel", HEADROOM, "TAPS = ((0, -1),", "TAPS = ((0, 0),"),
+    Mutant("posterior_of_one_sigma", RANGE, "- log_stddev - log_sigma.reshape(-1, 1))", "- log_stddev)", PRODUCT),
+    Mutant("not_beyond_the_ends", RANGE, "math.log(self.low / MARGIN)", "math.log(self.low * MARGIN)", EVENLY),
+    Mutant("condition_of_sigma", RANGE, "return 2.0 * log_stddev.reshape", "return log_stddev.reshape", LINEAR),
+    Mutant("rates_too_high", THEORY, "- best_elbo, axis=1), 0.0)", "+ best_elbo, axis=1), 0.0)", RATES),
+    Mutant("root_without_guard", NETWORKS, "is_open = square > 1e-4", "is_open = square > -9.0", CLOSES),
+    Mutant(
+        "same_draw_twice", TRAINING, "+ jnp.arange(NUM_DRAWS)[None]", "+ 0 * jnp.arange(NUM_DRAWS)[None]", OWN_DRAWS
+    ),
+    Mutant(
+        "told_the_first_sigma", MEMBERS, "params |= told(config, member.variant,", "told(config, member.variant,", TOLD
+    ),
+    Mutant(
+        "curve_of_one_sigma",
+        SWEEP,
+        "group, states, sigma, programs.dataset.form)",
+        "group, states, high, programs.dataset.form)",
+        CURVES,
+    ),
     Mutant("volume_sign", PRIORS, "log_volume - jnp.sum(log_scale", "log_volume + jnp.sum(log_scale"),
     Mutant("weights_unnormalised", PRIORS, 'jax.nn.log_softmax(params["log_weight"])', 'params["log_weight"]'),
     Mutant("posterior_without_width", PRIORS, "(between + np.diag(within))[None]", "between[None]"),

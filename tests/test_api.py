@@ -33,6 +33,7 @@ LEVELS = [
     "likelihoods",
     "networks",
     "priors",
+    "sigma_range",
     "vae",
     "training",
     "devices",

@@ -14,6 +14,7 @@ from experiments.results import (
     Member,
     Quality,
     Realism,
+    Row,
     SecondStage,
     SphereMember,
     SphereSummary,
@@ -188,6 +189,7 @@ def verdicts(**found):
 
 def test_claims_hold_for_the_numbers_of_the_paper():
     parts = {"toy": toy_part(), "mnist": image_part(), "mnist_codes": image_part()} | tangent_parts()
+    parts[claims.DIGITS_RANGE] = range_parts()[claims.DIGITS_RANGE]
     measured = {"quality": {"mnist": image_quality()}, "stages": {"mnist": stage()}, "headroom": residuals()}
     found = Finished(sphere(lambda relative, exact: exact), parts, **measured)
     for claim in claims.all_claims(found):
@@ -416,3 +418,56 @@ def test_tangents_of_parts_that_were_run():
     parts = tangent_parts()
     assert [len(claims.perspective_2({name: part}, {})) for name, part in parts.items()] == [3, 3, 2]
     assert claims.perspective_2({}, {}) == []
+
+
+def range_parts(large=-0.02, small=0.1, limit=0.1, poor=0, digits=0.995):
+    """F-VAEs, six and nine of whose ten seeds end in a poor optimum at 0.03 and 0.01, and conditioned models."""
+    elbos = {1.0: -3.0, 0.3: -1.8, 0.1: -0.9, 0.03: -0.6, 0.01: -0.9}
+    poor_of_f = {0.03: 6, 0.01: 9}
+
+    def part(variant, elbo_of, poor_of, *, margin=None):
+        members, rows = [], []
+        for sigma in elbos:
+            elbo = elbo_of(sigma)
+            for seed in range(SEEDS):
+                of_seed = elbo - 1.0 * (seed < poor_of.get(sigma, 0))
+                members.append(filled(Member, variant=variant, sigma=sigma, seed=seed, elbo=of_seed))
+            best = None if margin is None else [-9.0, elbo + margin]
+            rows.append(filled(Row, variant=variant, sigma=sigma, elbo=elbo, best_elbo=best))
+        return Part(filled(Summary, members=members, rows=rows), {})
+
+    def told(sigma):
+        return elbos[sigma] + (large if sigma >= 0.1 else small)
+
+    digit_members = [
+        filled(Member, variant=variant, sigma=sigma, elbo=-100.0 / (digits if variant == "conditioned" else 1.0))
+        for variant in ("f", "conditioned")
+        for sigma in (0.05, 0.5)
+    ]
+    return {
+        "toy": part("f", lambda sigma: elbos[sigma], poor_of_f),
+        claims.TOY_RANGE: part("conditioned", told, dict.fromkeys(poor_of_f, poor), margin=limit),
+        claims.DIGITS_RANGE: Part(filled(Summary, members=digit_members), {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 6 * [True]),
+        ({"large": -0.031}, [False, *5 * [True]]),
+        ({"limit": -0.001}, [True, False, *4 * [True]]),
+        ({"small": -1.1, "poor": 10}, [True, True, False, None, None, True]),
+        ({"poor": 3}, [True, True, True, None, True, True]),
+        ({"digits": 0.98}, [*5 * [True], False]),
+    ],
+)
+def test_one_run_that_fails(change, expected):
+    """Each check fails, or is undecided, by its own cause."""
+    assert [check.holds for check in claims.one_run(range_parts(**change))] == expected
+
+
+def test_one_run_of_parts_that_were_run():
+    parts = range_parts()
+    assert claims.one_run({"toy": parts["toy"]}) == []
+    assert len(claims.one_run({claims.DIGITS_RANGE: parts[claims.DIGITS_RANGE]})) == 1

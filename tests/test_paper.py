@@ -145,8 +145,8 @@ def test_palette_keeps_colours_of_thin_lines(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, ribbon, digits"),
-        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, ribbon, digits"),
+        ({"parts": ["toys"]}, "--parts=toys: give some of sphere, toy, toy_plain, ribbon, toy_range, digits"),
+        ({"parts": ["celeb_a"]}, "--parts=celeb_a: give some of sphere, toy, toy_plain, ribbon, toy_range, digits"),
         ({"parts": []}, "--parts=: give some of"),
     ],
 )
@@ -169,7 +169,7 @@ def smoke(toy_run, tmp_path_factory):
     path, stdout = tmp_path_factory.mktemp("paper") / "run", io.StringIO()
     parts = {"toy": sweep.read_run(toy_run.path)[0]}
     parts["sphere"] = hypersphere.Config(dims=(2,), sigma=(0.5, 1.3), num_seeds=1, num_steps=3)
-    for name in ("toy_plain", "ribbon", "digits", "digits_codes"):
+    for name in ("toy_plain", "ribbon", claims.TOY_RANGE, "digits", "digits_codes"):
         config = paper.SCALES["smoke"][name]
         parts[name] = config._replace(num_steps=3, num_blocks=1, widths=(4, 4)[: len(config.widths)])
     runs.make_run(path, {"scale": "smoke"})
@@ -188,7 +188,8 @@ def test_report_has_every_claim(smoke):
     text, page_text = (path / "report.md").read_text(), (path / "report.html").read_text()
     reader = Reader(page_text)
     assert not reader.open
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "Perspective 1", "Perspective 2", "Annealing", "Maps"):
+    own = ("Perspective 1", "Perspective 2", "Annealing", "All sigmas", "Maps")
+    for name in (*(f"C{number}" for number in range(1, 9)), *own):
         assert f"### {name}: " in text
         assert any(heading.startswith(f"{name}: ") for heading in reader.headings)
         assert f"\n{name} " in printed
@@ -197,7 +198,9 @@ def test_report_has_every_claim(smoke):
         for variant in getattr(config, "variants", ()):
             assert f"| {tables.literal(VARIANTS[variant].title)} | " in text
     assert text.count("| histogram of each pixel | ") == 2, "by densities and by probabilities"
-    assert len(reader.images) == 2 + 4 + 1 + 3 + 3 + 3 * 2 + 1, "of the parts, of three second stages, and the ribbon"
+    assert len(reader.images) == 2 + 4 + 1 + 3 + 3 + 3 * 2 + 1 + 2, (
+        "of the parts, of three second stages, the ribbon and one run"
+    )
     assert "### ribbon" in text
     assert "### digits: headroom" in text
     for image in reader.images:
