@@ -161,8 +161,8 @@ MUTANTS = [
     Mutant(
         "fixed_sigma_learns",
         LIKELIHOODS,
-        "0.0, init, update, lambda params, outputs: jax.lax.stop_gradient(",
-        "0.0, init, update, lambda params, outputs: jnp.asarray(",
+        'given = jax.lax.stop_gradient(params["log_stddev"])',
+        'given = params["log_stddev"]',
     ),
     Mutant("optimal_sigma_squared", LIKELIHOODS, "clip(0.5 * jnp.log(mse))", "clip(jnp.log(mse))"),
     Mutant("replayed_late", LIKELIHOODS, "jnp.take(sigmas, step,", "jnp.take(sigmas, step - 1,", SCHEDULES),
@@ -177,7 +177,13 @@ MUTANTS = [
     Mutant("bessel_recurrence", BESSEL, "= dim + 2 * step + k * upper", "= dim + step + k * upper", RATIO),
     Mutant("critical_without_root", THEORY, "return radius / math.sqrt(dim)", "return radius / dim", SPHERES_STDDEV),
     Mutant("entropy_in_bits", TOY, "np.log(np.maximum(mass, 1e-300) /", "np.log2(np.maximum(mass, 1e-300) /", ENTROPY),
-    Mutant("no_skip_connection", NETWORKS, "h = h + nn.Dense(self.width,", "h = nn.Dense(self.width,", NETWORK_TESTS),
+    Mutant(
+        "no_skip_connection",
+        NETWORKS,
+        "h = h + _gated(self.gating, residual, condition)\n        return nn.Dense",
+        "h = _gated(self.gating, residual, condition)\n        return nn.Dense",
+        NETWORK_TESTS,
+    ),
     Mutant(
         "kl_averaged",
         PRIORS,
@@ -224,7 +230,7 @@ MUTANTS = [
     Mutant("flow_begins_elsewhere", PRIORS, "kernel_init=nn.initializers.zeros", "kernel_init=nn.initializers.ones"),
     Mutant("importance_sign", VAE, "+ log_prior - log_posterior", "+ log_prior + log_posterior"),
     Mutant("one_key_for_z_and_x", VAE, "head.sample(likelihood_key,", "head.sample(prior_key,"),
-    Mutant("beta_ignored", TRAINING, "jnp.mean(weight * terms.kl", "jnp.mean(terms.kl", BETA),
+    Mutant("beta_ignored", TRAINING, "(beta_now * terms.kl", "(terms.kl", BETA),
     Mutant("schedule_late", TRAINING, 'params["likelihood"], step,', 'params["likelihood"], state.step,', IN_FORCE),
     Mutant("average_unused", TRAINING, "self.params if self.ema is None else self.ema", "self.params", AVERAGE),
     Mutant(
@@ -258,7 +264,7 @@ MUTANTS = [
     Mutant("no_samples", GENERATE, "if num_samples < 1:", "if num_samples < 0:", NOT_THERE),
     Mutant("no_classifier_steps", QUALITY, "if classifier_steps < 1:", "if classifier_steps < 0:", BAD_FLAGS),
     # The experiments, from end to end
-    Mutant("wrong_split", PROGRAMS, "score_chunk, self.dataset.test,", "score_chunk, self.dataset.train,", IMAGE_RUN),
+    Mutant("wrong_split", PROGRAMS, "score_chunk, self.dataset.test[", "score_chunk, self.dataset.train[", IMAGE_RUN),
     Mutant("not_rewound", LOOP, "group.name, step)", "group.name, num_steps)", IMAGE_RUN),
     Mutant("saved_at_another_step", LOOP, "save(step, (kept, record))", "save(step - 1, (kept, record))", KEPT),
     Mutant("data_from_the_start_again", LOOP, "range(step, num_steps, fused)", "range(0, num_steps, fused)", IMAGE_RUN),
