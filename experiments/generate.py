@@ -74,7 +74,7 @@ def run(
         raise command.UsageError(f"--num_samples={num_samples}: must be at least 1")
     if not 0 <= key_seed < 2**31:
         raise command.UsageError(f"--key_seed={key_seed}: must be from 0 to 2^31 - 1")
-    there = [*summary.members, *between(config, summary.members, sigmas)]
+    there = [*summary.members, *between(config, summary.members, variants, sigmas)]
     members = choose(there, variants, sigmas, seeds or (config.seed,))
     levels, form = summary.levels, summary.form
     given = read_images(images, form) if images else None
@@ -125,13 +125,17 @@ def run(
     return record
 
 
-def between(config: sweep.Config, members: Sequence[Member], sigmas: Sequence[float]) -> list[Member]:
-    """The conditioned models of a run at those of the `sigmas` at which they were not evaluated.
+def between(
+    config: sweep.Config, members: Sequence[Member], variants: Sequence[str], sigmas: Sequence[float]
+) -> list[Member]:
+    """The conditioned models among these variants, or all if none is given, at those of the `sigmas` at which the run
+    has no model.
 
     Raises:
-      command.UsageError: a sigma is outside their range, and of no other member.
+      command.UsageError: a sigma is outside their range.
     """
-    first = [member for member in members if VARIANTS[member.variant].conditioned and member.sigma == config.sigma[0]]
+    told = [m for m in members if VARIANTS[m.variant].conditioned and (not variants or m.variant in variants)]
+    first = [member for member in told if member.sigma == config.sigma[0]]
     known = {member.sigma for member in members}
     new = [sigma for sigma in sigmas if sigma not in known]
     if first:

@@ -19,7 +19,7 @@ MODEL_COLOURS = (
     "#7b4173",
     "#e7ba52",
     "#637939",
-    "#111111",
+    "#a0006e",
 )
 _MARKERS = "os^DvP*X"  # open and of several shapes: those in one place are all seen
 
