@@ -47,7 +47,7 @@ def sweep_steps(variant: str, num_members: int, num_fused: int) -> tuple[Callabl
 
     def model(sigma: Any) -> Any:
         traces.append(num_members)
-        return variants.make_vae(variant, domains.TOY, dataset.form, 2, sigma)
+        return variants.make_vae(variant, domains.TOY, dataset.form, 2, sigma, sigma_range=(0.01, 1.0))
 
     program = functools.partial(training.members_steps, make_vae=model, optimizer=optimizer, batch=dataset.batch)
     steps = jax.jit(program, donate_argnums=2)
@@ -135,6 +135,9 @@ def main() -> None:
     times = alternate({"one": one, "fused": fused}, calls=10)
     ratios = [a / 10 / b for a, b in zip(times["fused"], times["one"], strict=True)]
     report("a step fused by scan, of ten / a single one", ratios, "", "below 1: fusing would pay")
+    times = alternate({"f": sweep_steps("f", 1, 1)[0], "conditioned": sweep_steps("conditioned", 1, 1)[0]})
+    ratios = [a / b for a, b in zip(times["conditioned"], times["f"], strict=True)]
+    report("a step of a conditioned VAE / of an F-VAE", ratios, "", "bound: 2")
     ours = image_step()
     flax_s = functools.partial(nn.ConvTranspose, kernel_size=(4, 4), strides=(2, 2))
     with mock.patch.object(networks, "_ConvTranspose", flax_s):

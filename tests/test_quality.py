@@ -156,7 +156,7 @@ def test_samples_come_from_their_member(generators, finished):
     """Their distance to the means is the member's sigma, which the summary has."""
     all_means = {}
     for member in finished[1].members:
-        samples, means = generators[member.group](num_samples=700)
+        samples, means = generators[member.group, member.sigma](num_samples=700)
         assert len(samples) == 700
         rms = np.sqrt(np.mean((samples - means) ** 2))
         assert rms == pytest.approx(member.sigma, rel=0.02), member
@@ -169,7 +169,7 @@ def test_samples_come_from_their_member(generators, finished):
 
 
 def test_scored_run_is_only_reported(run_dir, monkeypatch):
-    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(config.variants))
+    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(summary))
     first = run(run_dir, classifier_steps=2)
     monkeypatch.setattr(datasets, "load", None)
     lines = []
@@ -183,7 +183,7 @@ def test_scored_run_is_only_reported(run_dir, monkeypatch):
 
 
 def test_scores_of_an_earlier_fit_are_refused(run_dir, monkeypatch):
-    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(config.variants))
+    monkeypatch.setattr(quality, "generators", lambda path, config, summary, prior: fakes(summary))
     monkeypatch.setattr(latents, "read", lambda path: None)
     monkeypatch.setattr(latents, "digest", lambda path: "one")
     first = run(run_dir, classifier_steps=2, prior="flow")
@@ -194,9 +194,9 @@ def test_scores_of_an_earlier_fit_are_refused(run_dir, monkeypatch):
         run(run_dir, classifier_steps=2, prior="flow")
 
 
-def fakes(variants):
-    groups = [f"{variant}-{index}" for variant in variants for index in range(2)]
-    return {group: lambda num_samples: (SEEN[:num_samples], SEEN[:num_samples]) for group in groups}
+def fakes(summary):
+    places = [(member.group, member.sigma) for member in summary.members]
+    return {place: lambda num_samples: (SEEN[:num_samples], SEEN[:num_samples]) for place in places}
 
 
 def edit(run_dir, file, **changes):
