@@ -89,7 +89,7 @@ def test_head_tells_the_networks_its_sigma():
     """The ELBO of a batch with one sigma for each example is that of each example by itself."""
     model, x = tiny(), jax.random.normal(jax.random.key(1), (4, 3))
     params = jax.tree.map(lambda leaf: leaf + 0.1, vae.init(jax.random.key(0), model))
-    sigmas, keys = np.array([0.05, 0.3, 1.0, 2.0]), jax.random.split(jax.random.key(2), 4)
+    sigmas, keys = jnp.array([0.05, 0.3, 1.0, 2.0]), jax.random.split(jax.random.key(2), 4)
     together = vae.elbo(keys, *vae.with_likelihood(model, params, likelihoods.fixed(sigmas)), x)
     for index, sigma in enumerate(sigmas):
         part = slice(index, index + 1)
