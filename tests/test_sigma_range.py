@@ -132,7 +132,7 @@ def test_draws_cover_the_range_evenly():
         draws = np.sort(RANGE.draw(jax.random.key(size), jnp.arange(size)))
         assert low <= draws[0]
         assert draws[-1] <= high
-        assert np.diff(draws).max() < 3.0 * (high - low) / size
+        assert np.diff([low, *draws, high]).max() < 3.0 * (high - low) / size
     first, other = (RANGE.draw(jax.random.key(seed), jnp.arange(10)) for seed in (0, 1))
     assert np.abs(first - other).min() > 0.0
     np.testing.assert_array_equal(RANGE.draw(jax.random.key(0), jnp.arange(5, 10)), first[5:])
