@@ -96,7 +96,7 @@ class Variant(NamedTuple):
 
     @property
     def per_sigma(self) -> bool:
-        """Whether one model is trained for each value of --sigma."""
+        """Tells whether one model is trained for each value of --sigma."""
         return self.swept and not self.conditioned
 
 
