@@ -115,6 +115,17 @@ class Ordering(NamedTuple):
     paired: Paired | None
 
 
+def more_poor_optima(
+    elbos: Float[np.ndarray, " M"], other: Float[np.ndarray, " N"], *, best: float | None = None
+) -> tuple[int, int, float]:
+    """The numbers of `poor_optima` below the `best`, by default of both, and the p of as many more in `elbos`: Fisher's
+    exact test, one-sided."""
+    best = max(elbos.max(), other.max()) if best is None else best
+    poor, fewer = poor_optima(elbos, best=best), poor_optima(other, best=best)
+    outcomes = [[poor, len(elbos) - poor], [fewer, len(other) - fewer]]
+    return poor, fewer, float(stats.fisher_exact(outcomes, "greater").pvalue)
+
+
 def title(variant: str, sigma: float | None = None) -> str:
     return VARIANTS[variant].title + (f" at {sigma:g}" if sigma is not None else "")
 
@@ -666,11 +677,8 @@ def annealing(toy: Part) -> list[Check]:
     orderings = {ordering.worse: ordering for ordering in annealing_orderings(toy)}
     ends = {variant: toy.values("elbo", variant) for variant in ("ls", *ANNEALED)}
     best = max(elbos.max() for elbos in ends.values())
-    poor = {variant: poor_optima(elbos, best=best) for variant, elbos in ends.items()}
-    counts = ", ".join(f"{title(variant)} {count}" for variant, count in poor.items())
-    num_seeds = len(toy.members("ls"))
-    outcomes = [[poor[variant], num_seeds - poor[variant]] for variant in ("f_star", "ls")]
-    p = float(stats.fisher_exact(outcomes, "greater").pvalue)
+    counts = ", ".join(f"{title(variant)} {poor_optima(elbos, best=best)}" for variant, elbos in ends.items())
+    *_, p = more_poor_optima(ends["f_star"], ends["ls"], best=best)
     return [
         check_ordering(orderings[title("f_star")])._replace(
             statement="Started at the final sigma, without any annealing, the ELBO is lower than the LS-VAE's"
@@ -686,7 +694,7 @@ def annealing(toy: Part) -> list[Check]:
         Check(
             "More runs of F* than of LS end in a poor optimum",
             True if p < LEVEL else None,
-            f"of {num_seeds} each: {counts}; p = {p:.2g} (Fisher's exact test, one-sided)",
+            f"of {len(ends['ls'])} each: {counts}; p = {p:.2g} (Fisher's exact test, one-sided)",
         ),
     ]
 
@@ -748,15 +756,12 @@ def _one_run_of_the_toy(toy: Part, told: Part) -> list[Check]:
         )
     for sigma in small:
         own, dedicated = elbos[sigma]
-        best = max(own.max(), dedicated.max())
-        counts = [poor_optima(each, best=best) for each in (dedicated, own)]
-        outcomes = [[count, len(each) - count] for count, each in zip(counts, (dedicated, own), strict=True)]
-        p = float(stats.fisher_exact(outcomes, "greater").pvalue)
+        poor, fewer, p = more_poor_optima(dedicated, own)
         checks.append(
             Check(
                 f"{TOY_RANGE}: at {sigma:g}, fewer of its seeds end in a poor optimum",
                 True if p < LEVEL / len(small) else None,
-                f"{counts[1]} of {len(own)}, {title('f')} {counts[0]} of {len(dedicated)}; p = {p:.2g} (Fisher's exact "
+                f"{fewer} of {len(own)}, {title('f')} {poor} of {len(dedicated)}; p = {p:.2g} (Fisher's exact "
                 "test, one-sided, before Bonferroni's correction)",
             )
         )

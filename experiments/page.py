@@ -189,18 +189,22 @@ def compose(
         if stage.quality is not None:
             sections.append(tables.realism(stage.quality).markdown())
         sections += [picture(f"{name}-{figure}", text) for figure, text in STAGE_FIGURES.items()]
-    tangents = {name: finished.sweeps[name] for name in ("ribbon", *claims.TANGENTS) if name in finished.sweeps}
-    if tangents or finished.headroom:
-        sections.append("## Perspective 2: tangents of the manifold")
-    for name, part in tangents.items():
-        sections += [f"### {name}", tables.sweep(part.summary).markdown(), *shown(name)]
+
+    def each(names: Iterable[str]) -> list[str]:
+        there = [(name, finished.sweeps[name]) for name in names if name in finished.sweeps]
+        return [
+            text
+            for name, part in there
+            for text in (f"### {name}", tables.sweep(part.summary).markdown(), *shown(name))
+        ]
+
+    tangents = each(("ribbon", *claims.TANGENTS))
     for name, measured in finished.headroom.items():
-        sections += [f"### {name}: headroom", tables.headroom(measured).markdown()]
-    ranges = {name: finished.sweeps[name] for name in claims.ONE_RUN if name in finished.sweeps}
-    if ranges:
-        sections.append("## One model for all sigmas")
-    for name, part in ranges.items():
-        sections += [f"### {name}", tables.sweep(part.summary).markdown(), *shown(name)]
+        tangents += [f"### {name}: headroom", tables.headroom(measured).markdown()]
+    if tangents:
+        sections += ["## Perspective 2: tangents of the manifold", *tangents]
+    if one_run := each(claims.ONE_RUN):
+        sections += ["## One model for all sigmas", *one_run]
     return "\n\n".join(sections) + "\n"
 
 

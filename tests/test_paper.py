@@ -219,7 +219,7 @@ def test_finished_parts_are_found(smoke, monkeypatch, capsys):
     for module in (sigma_sweep, hypersphere):
         monkeypatch.delattr(module, "train_all")
     call(paper, ["--scale=smoke", f"--run_dir={path}"])
-    assert capsys.readouterr().out.count("is finished") == 6 + 3 + 1
+    assert capsys.readouterr().out.count("is finished") == 7 + 3 + 1, "parts, second stages and headroom"
     assert json.loads((path / "times.json").read_text()).keys() == times.keys()
     for name, config in paper.SCALES["smoke"].items():
         _, _, program, *words = shlex.split(paper.command_line(config))
@@ -263,6 +263,6 @@ def test_report_of_some_parts(smoke, tmp_path):
     ignored = shutil.ignore_patterns("report.*", "toy*", "ribbon", "digits*")
     path = shutil.copytree(smoke[0], tmp_path / "run", ignore=ignored)
     found = paper.run("smoke", parts=["sphere"], run_dir=str(path), echo=lambda line: None)
-    assert [claim.verdict == "not run" for claim in found] == [False, *11 * [True]]
+    assert [claim.verdict == "not run" for claim in found] == [False, *12 * [True]]
     text = (path / "report.md").read_text()
-    assert text.count("**not run**") == 11 + 5, "claims and parts"
+    assert text.count("**not run**") == 12 + 6, "claims and parts"
