@@ -4,6 +4,7 @@ Only scalars broadcast without being told to: an accidental [B] against [B, B] i
 """
 
 import ast
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -111,6 +112,24 @@ def call(module, words):
         module.define_flags()
         flags.FLAGS([module.__name__, *words])
         module.main()
+
+
+@contextlib.contextmanager
+def interruption(*, group, after):
+    """Ctrl-C when training is about to write metrics of this group of a step beyond `after`, which must come."""
+    from lvae_jax import runs
+
+    append = runs.append_metrics
+
+    def interrupted(run_dir, lines):
+        if lines[0]["group"] == group and lines[0]["step"] > after:
+            raise KeyboardInterrupt
+        append(run_dir, lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "append_metrics", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def run_command(module, *words):

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import arrays_in, once
+from conftest import arrays_in, interruption, once
 
-from experiments import command, generate, report, results, sigma_sweep, sweep
+from experiments import command, generate, loop, report, results, sigma_sweep, sweep
 from experiments.results import Curve, Summary
 from lvae_jax import runs, theory, toy
 from lvae_jax import vae as vae_lib
 
 TINY = {"num_seeds": 2, "num_steps": 20, "batch_size": 16, "widths": (8,), "num_blocks": 1}
 CONFIG = sweep.configure(variants=("ls", "conditioned"), sigma=(0.2, 0.5), sigma_range=(0.1, 0.5), **TINY)
-SECONDS = {"echo": lambda line: None}
+QUIETLY = {"echo": lambda line: None}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def swept(tmp_path_factory):
     def make(folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sigma_sweep, "NUM_CURVE_EXAMPLES", 10_000)
-            sigma_sweep.run(CONFIG, run_dir=str(folder / "run"), **SECONDS)
+            sigma_sweep.run(CONFIG, run_dir=str(folder / "run"), **QUIETLY)
 
     return once(tmp_path_factory, "conditioned", make) / "run"
 
@@ -99,7 +99,7 @@ def test_trained_model_is_told_its_sigma(swept):
 
 
 def test_generate_reads_any_sigma_of_the_range(swept, tmp_path):
-    options = {"variants": ("conditioned",), "num_samples": 5, "out": str(tmp_path / "out"), **SECONDS}
+    options = {"variants": ("conditioned",), "num_samples": 5, "out": str(tmp_path / "out"), **QUIETLY}
     record = generate.run(str(swept), sigmas=(0.3, 0.5), **options)
     assert [member.sigma for member in record.members] == [0.5, 0.3]
     means = {}
@@ -113,22 +113,11 @@ def test_generate_reads_any_sigma_of_the_range(swept, tmp_path):
 
 
 def test_interrupted_run_resumes_to_the_same_bits(swept, tmp_path, monkeypatch):
-    append = runs.append_metrics
-
-    def interrupted(run_dir, lines):
-        if lines[0]["group"] == "conditioned" and lines[0]["step"] > 10:
-            raise KeyboardInterrupt
-        append(run_dir, lines)
-
     monkeypatch.setattr(sigma_sweep, "NUM_CURVE_EXAMPLES", 10_000)
     monkeypatch.setattr(report, "write_figures", lambda *arguments, **options: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "append_metrics", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            sigma_sweep.run(
-                CONFIG, run_dir=str(tmp_path), pace=sigma_sweep.loop.Pace(checkpoint_seconds=0.0), **SECONDS
-            )
-    resumed, expected = sigma_sweep.run(CONFIG, run_dir=str(tmp_path), **SECONDS), members(swept)[0]
+    with interruption(group="conditioned", after=10):
+        sigma_sweep.run(CONFIG, run_dir=str(tmp_path), pace=loop.Pace(checkpoint_seconds=0.0), **QUIETLY)
+    resumed, expected = sigma_sweep.run(CONFIG, run_dir=str(tmp_path), **QUIETLY), members(swept)[0]
     assert resumed.members == expected.members
     assert resumed.curves == expected.curves
     assert runs.read_metrics(tmp_path) == runs.read_metrics(swept)

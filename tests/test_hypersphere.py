@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import call, filled, run_command
+from conftest import call, filled, interruption, run_command
 from scipy import optimize, special
 
 from experiments import command, hypersphere, loop, results
@@ -105,19 +105,10 @@ def test_finished_run_is_only_reported(small_run, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
 
 
-def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path, monkeypatch):
-    append = runs.append_metrics
-
-    def interrupted(run_dir, lines):
-        if lines[0]["group"] == "ls-3" and lines[0]["step"] > 10:
-            raise KeyboardInterrupt
-        append(run_dir, lines)
-
-    monkeypatch.setattr(runs, "append_metrics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_interrupted_run_resumes_to_the_same_bits(small_run, tmp_path):
+    with interruption(group="ls-3", after=10):
         compute(SMALL, tmp_path, checkpoint_seconds=0.0)
     assert not (tmp_path / "summary.json").exists()
-    monkeypatch.setattr(runs, "append_metrics", append)
     resumed, _ = compute(SMALL, tmp_path)
     assert resumed.members == results.read(small_run[0] / "summary.json", SphereSummary).members
     assert runs.read_metrics(tmp_path) == runs.read_metrics(small_run[0])

@@ -20,7 +20,7 @@ import optax
 import PIL.Image
 import pytest
 from absl import flags
-from conftest import call, filled, run_command
+from conftest import call, filled, interruption, run_command
 
 from experiments import command, domains, hosts, loop, options, programs, report, results, sigma_sweep, sweep
 from experiments.programs import Group, Programs
@@ -313,23 +313,14 @@ def test_non_finite_result_is_an_error_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
+def test_fused_steps_train_and_resume_alike(tmp_path):
     """What an accelerator runs: several steps in one call, here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
     single = run_sweep(config, tmp_path / "single").members[0]
     fused = run_sweep(config, tmp_path / "fused", pace=loop.Pace(fuse=True)).members[0]
     assert fused.elbo == pytest.approx(single.elbo, abs=0.1)
-    append = runs.append_metrics
-
-    def interrupted(run_dir, lines):
-        if lines[0]["step"] > 40:
-            raise KeyboardInterrupt
-        append(run_dir, lines)
-
-    monkeypatch.setattr(runs, "append_metrics", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interruption(group="ls", after=40):
         run_sweep(config, tmp_path / "resumed", pace=loop.Pace(checkpoint_seconds=0.0, fuse=True))
-    monkeypatch.setattr(runs, "append_metrics", append)
     assert run_sweep(config, tmp_path / "resumed", pace=loop.Pace(fuse=True)).members[0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
