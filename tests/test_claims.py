@@ -460,6 +460,7 @@ def range_parts(large=-0.02, small=0.1, limit=0.1, poor=0, digits=0.995):
         ({"small": -1.1, "poor": 10}, [True, True, False, None, None, True]),
         ({"poor": 3}, [True, True, True, None, True, True]),
         ({"digits": 0.98}, [*5 * [True], False]),
+        ({"digits": 1.02}, 6 * [True]),
     ],
 )
 def test_one_run_that_fails(change, expected):
