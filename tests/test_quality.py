@@ -135,7 +135,7 @@ def test_rows_are_means_of_members(run_dir, generators, monkeypatch):
     assert list(rows) == ["training images", *expected]
     assert rows["training images"] == realism.score(corner, corner(SEEN), np.asarray(datasets.to_float(TRAIN[:128])))
     for title, part in report.by_row(sweep.read_run(run_dir)[1].members).items():
-        pairs = [generators[member.group](num_samples=128) for member in part]
+        pairs = [generators[member.group, member.sigma](num_samples=128) for member in part]
         for kind, index in (("samples", 0), ("means", 1)):
             scores = [realism.score(corner, corner(SEEN), pair[index]) for pair in pairs]
             row = rows[f"{title}: {kind}"]
