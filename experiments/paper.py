@@ -66,8 +66,8 @@ IMAGES: dict[str, Any] = {
 CODES: dict[str, Any] = {"variants": ("ls", "lv", "logistic")}
 # One latent dimension and one tangent: all that the ribbon needs.
 RIBBON = sweep.configure(dataset="ribbon", variants=("ls", "lv", "tangent"), rank=(1,), latent_size=1, num_seeds=5)
-# One model for all sigmas of the toy part, whose F-VAEs it meets there; and both together on images, where a model is
-# worst at the small end of its range, which so lies below the sigmas that it is read at.
+# One model for all sigmas of the toy part, whose F-VAEs it meets there; and both together on images. There it is worst
+# at the small end of its range, so the range begins below the smallest sigma of the table.
 TOY_RANGE = TOY._replace(variants=("conditioned",))
 DIGITS_RANGE = sweep.configure(
     dataset="digits", variants=("f", "conditioned"), sigma=(0.1, 0.18, 0.32, 0.56, 1.0), sigma_range=(0.05, 1.0)

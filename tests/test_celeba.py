@@ -331,8 +331,8 @@ def test_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
 
 
 def test_result_is_never_held_in_memory(folder, tmp_path, monkeypatch):
-    """80 MB through less than 8. The smaller peak of two counts: the first may have met the growth of a table of the
-    interpreter, such as that of its interned strings, of 7.7 MB when they are 350,000."""
+    """80 MB through less than 8. The test counts twice and takes the smaller peak, since a table of the interpreter may
+    grow during one count: that of interned strings takes 7.7 MB more at some 350,000 of them."""
     for number in range(2, 1202):
         os.link(folder / "000001.jpg", folder / f"{number:06}.jpg")
     face = np.arange(148 * 148 * 3, dtype=np.uint8).reshape(148, 148, 3)
