@@ -14,6 +14,7 @@ exact for linear Gaussian data and c = log sigma: the best weight of a direction
 sigma^2)).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from lvae_jax import gaussians
+from lvae_jax import convolutions, gaussians
 
 # The posterior's log stddev: 4.5e-5 is sharper than any data here allow, and the prior's is 1.
 LOG_STDDEV_RANGE = (-10.0, 1.0)
@@ -256,6 +257,9 @@ class _ResidualMLP(nn.Module):
         return nn.Dense(self.features, kernel_init=_small)(_full(nn.silu(h)))
 
 
+_Conv = functools.partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=convolutions.convolve)
+
+
 class _ResidualConvolutions(nn.Module):
     num_blocks: int
     dtype: DTypeLike | None
@@ -265,8 +269,8 @@ class _ResidualConvolutions(nn.Module):
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         width = h.shape[-1]
         for _ in range(self.num_blocks):
-            residual = _gated(self.gating, nn.Conv(width, (3, 3), dtype=self.dtype)(nn.silu(h)), condition)
-            residual = nn.Conv(width, (3, 3), kernel_init=_small, dtype=self.dtype)(nn.silu(residual))
+            residual = _gated(self.gating, _Conv(width, dtype=self.dtype)(nn.silu(h)), condition)
+            residual = _Conv(width, kernel_init=_small, dtype=self.dtype)(nn.silu(residual))
             h = h + _gated(self.gating, residual, condition)
         return h
 
@@ -280,19 +284,14 @@ class _ConvEncoder(nn.Module):
     @nn.compact
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         for width in self.widths:
-            h = nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype)(h)
+            h = _Conv(width, strides=(2, 2), dtype=self.dtype)(h)
             h = nn.silu(_gated(_sigmoid_gate, h, condition))
         h = _ResidualConvolutions(self.num_blocks, self.dtype, _sigmoid_gate)(h, condition)
         return nn.Dense(self.features, kernel_init=_small)(_full(nn.silu(h.reshape(h.shape[0], -1))))
 
 
 class _ConvTranspose(nn.Module):
-    """`nn.ConvTranspose` with a 4 x 4 kernel, stride 2 and the same parameters: it doubles both sides.
-
-    It is written as a convolution whose outputs are 2 x 2 pixels each: on a CPU, the kernel gradient of a transposed
-    convolution takes as long as the rest of the step (`benchmarks.sigma_sweep` compares). A kernel of twice the stride
-    covers every pixel equally often, which avoids checkerboards.
-    """
+    """`nn.ConvTranspose` with a 4 x 4 kernel, stride 2 and the same parameters."""
 
     features: int
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -303,20 +302,7 @@ class _ConvTranspose(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (4, 4, h.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         h, kernel, bias = nn.dtypes.promote_dtype(h, kernel, bias, dtype=self.dtype)
-        # Along a side y[2i - 1] = x[i - 1] k[1] + x[i] k[3] and y[2i] = x[i - 1] k[0] + x[i] k[2]: both see the same x.
-        taps = kernel.reshape(2, 2, 2, 2, -1, self.features)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
-        # Padding within the convolution would cost what is saved.
-        padded = jnp.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        blocks = jax.lax.conv_general_dilated(
-            padded,
-            taps.reshape(2, 2, -1, 4 * self.features),
-            window_strides=(1, 1),
-            padding="VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        batch, rows, columns, _ = blocks.shape
-        pixels = blocks.reshape(batch, rows, columns, 2, 2, -1).swapaxes(2, 3).reshape(batch, 2 * rows, 2 * columns, -1)
-        return pixels[:, 1:-1, 1:-1] + bias[None, None, None]
+        return convolutions.double(h, kernel) + bias[None, None, None]
 
 
 class _ConvDecoder(nn.Module):
@@ -374,7 +360,8 @@ def _decoder(module: nn.Module, shape: Sequence[int], outputs: int, latent_size:
 
 def _initializer(module: nn.Module, shape: Sequence[int], condition_size: int) -> Callable[[Key[Array, ""]], Any]:
     inputs = [(1, *shape), (1, condition_size)][: 2 if condition_size else 1]
-    return lambda key: module.init(key, *map(jnp.zeros, inputs))
+    # Lazily: outside of `jax.jit`, `init` would run the network, operation by operation.
+    return lambda key: module.lazy_init(key, *(jax.ShapeDtypeStruct(of_input, jnp.float32) for of_input in inputs))
 
 
 def _check_condition(condition: Array | None, size: int) -> None:

@@ -31,6 +31,7 @@ LEVELS = [
     "datasets",
     "figures",
     "likelihoods",
+    "convolutions",
     "networks",
     "priors",
     "sigma_range",
