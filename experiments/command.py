@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from experiments import hosts, results, signals
+from experiments import hosts, results, signals, sizes
 from experiments.results import AnyResult
 from lvae_jax import datasets, files, runs
 
@@ -91,6 +91,7 @@ def start(name: str, main: Callable[[], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         del argv
         logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX narrate
+        sizes.keep()
         try:
             hosts.connect(**values(("distributed", "coordinator_address", "num_processes", "process_id")))
             signals.raise_stopped(name)

@@ -36,7 +36,7 @@ class Pace(NamedTuple):
       checkpoint_seconds: the time between two checkpoints.
       resident_bytes: training data of this size or less stay on the devices, others are streamed; None for what the
         memory of the devices allows.
-      fuse: several steps in one call, which saves time on accelerators; None to do it there.
+      fuse: several steps in one call, which saves time where steps are short; None to do it there.
     """
 
     checkpoint_seconds: float = 60.0
@@ -134,9 +134,10 @@ def fit(
 
     interval = line_interval(num_steps)
     streamed = train is None and dataset.train is not None
-    # Fused steps must divide every interval, or the last one would compile again. A CPU gains nothing, see training.
-    # A checkpoint within an interval comes from a run that fused fewer, or none.
-    fuse = jax.default_backend() != "cpu" if pace.fuse is None else pace.fuse
+    # Fused steps must divide every interval, or the last one would compile again. Steps on images are long on a CPU:
+    # they gain nothing, and signals would wait. A checkpoint within an interval comes from a run that fused fewer.
+    short = jax.default_backend() != "cpu" or not dataset.is_image
+    fuse = short if pace.fuse is None else pace.fuse
     fused = math.gcd(interval, num_steps, step) if fuse else 1
     if streamed:
         fused = fitting_divisor(fused, num_members * batch_size * dataset.train[0].nbytes, STREAMED_BYTES)

@@ -1,8 +1,10 @@
-"""Memory that a command needs at least, from shapes alone, before anything is made."""
+"""Memory: what a command needs at least, from shapes alone, and what it keeps from step to step."""
 
 import contextlib
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +15,30 @@ from lvae_jax import runs
 
 LAYERS = ("dot_general", "conv_general_dilated")  # whose outputs no compiler merges into the next operation
 
+# Of malloc.h: the largest block that a heap holds (M_MMAP_THRESHOLD), and no return to the system (M_TRIM_THRESHOLD).
+MALLOC_OPTIONS = {-3: 2**30, -1: -1}
+
 
 def available() -> int:
     """Bytes of memory that the first device has, or the machine if the device reports none."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def keep() -> None:
+    """Keeps the memory that a program on the CPU frees for its next call, for the rest of the process. To be called
+    before JAX makes an array.
+
+    XLA allocates the temporary arrays of a program as one block. The C library of Linux returns so large a block to the
+    system when it is freed, and the system clears all its pages again in the next call: a third of a training step on
+    MNIST. Only the main thread has a heap for such blocks, so that programs must run in the thread that calls them.
+    Other systems are left alone.
+    """
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if allocator is not None:
+        for option, value in MALLOC_OPTIONS.items():
+            allocator(option, value)
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def nbytes(tree: Any) -> int:

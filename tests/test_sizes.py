@@ -1,5 +1,8 @@
 """Memory from shapes: estimates against arrays that were made, and the one line of a run that cannot fit."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,3 +75,30 @@ def test_failed_allocation_is_one_line():
         assert "\n" not in str(error.value)
     with pytest.raises(jax.errors.JaxRuntimeError), sizes.told("give less"):
         raise jax.errors.JaxRuntimeError("INTERNAL: another")
+
+
+FAULTS = """
+import resource
+import jax, jax.numpy as jnp
+from experiments import sizes
+if {keep}:
+    sizes.keep()
+step = jax.jit(lambda x: jax.lax.map(lambda factor: factor * x, x).sum())
+x = jnp.ones(6000)  # 144 MB of products
+for _ in range(2):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+def test_kept_memory_is_not_cleared_by_the_system_again():
+    def faults(keep):
+        program = subprocess.run(
+            [sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
+        )
+        return int(program.stdout)
+
+    assert faults(True) < 0.1 * faults(False)
