@@ -33,7 +33,7 @@ PEERS: dict[str, dict[str, bool]] = {
     OURS: {},
     "PyTorch": {"compiled": False, "channels_last": False},
     "torch.compile": {"compiled": True, "channels_last": False},
-    "torch.compile, channels last": {"compiled": True, "channels_last": True},
+    "torch.compile, channels last": {"compiled": True, "channels_last": True},  # for images alone
 }
 
 
@@ -167,6 +167,8 @@ def in_process(*arguments: str) -> Any:
 
 def compare(name: str, peers: list[str], *, rounds: int, num_blocks: int) -> dict[str, list[Measurement]]:
     """The measurements of each peer on a network, one for each round; peers alternate."""
+    if len(NETWORKS[name].shape) == 1:
+        peers = [peer for peer in peers if not PEERS[peer].get("channels_last")]
     measured: dict[str, list[Measurement]] = {peer: [] for peer in peers}
     for _ in range(rounds):
         for peer in peers:
@@ -188,10 +190,10 @@ def rows(name: str, measured: dict[str, list[Measurement]], rate: float) -> list
     """The lines of the table for a network."""
     medians = {peer: [statistics.median(one.steps) for one in ones] for peer, ones in measured.items()}
     ours = medians.get(OURS)
+    operations = next((one.num_operations for ones in measured.values() for one in ones if one.num_operations), None)
     lines = []
     for peer, ones in measured.items():
         ratios = [theirs / our for theirs, our in zip(medians[peer], ours, strict=True)] if ours else []
-        operations = ones[0].num_operations
         part = f"{operations / (1e-3 * statistics.median(medians[peer]) * rate):.0%}" if operations else ""
         first = spread([one.first for one in ones], 1)
         lines.append([name, peer, spread(medians[peer], 1), spread(ratios, 2) if ratios else "", part, first])
@@ -201,7 +203,7 @@ def rows(name: str, measured: dict[str, list[Measurement]], rate: float) -> list
 HEADER = ["networks", "by", "step [ms]", "time against ours", "of the matrix rate", "first block [s]"]
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="toy,mnist,celeba", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--peers", default=";".join(PEERS), help="separated by semicolons")
@@ -209,15 +211,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=10, help="blocks of steps in a process")
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     parser.add_argument("--worker", choices=[*PEERS, "matrix"], help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser()
+    options = flags.parse_args(argv)
     names, peers = options.networks.split(","), options.peers.split(";")
     for what, values, known in (("networks", names, NETWORKS), ("peers", peers, PEERS)):
         if unknown := set(values) - set(known):
-            parser.error(f"--{what}: unknown {', '.join(sorted(unknown))}: give some of {', '.join(known)}")
+            flags.error(f"--{what}: unknown {', '.join(sorted(unknown))}: give some of {', '.join(known)}")
     if min(options.rounds, options.blocks) < 1:
-        parser.error("--rounds and --blocks must be at least 1")
+        flags.error("--rounds and --blocks must be at least 1")
     if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
+        flags.error(f"--json: there is no folder {options.json.absolute().parent}")
     if options.worker:
         of_worker = (
             matrix_rate() if options.worker == "matrix" else measure(options.worker, NETWORKS[names[0]], options.blocks)
@@ -225,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(of_worker))
         return
     if set(peers) - {OURS} and importlib.util.find_spec("torch") is None:
-        parser.error("PyTorch is not installed: pip install -e '.[bench]', or give --peers=lvae_jax")
+        flags.error("PyTorch is not installed: pip install -e '.[bench]', or give --peers=lvae_jax")
     versions = {name: importlib.metadata.version(name) for name in ("jax", *(["torch"] if set(peers) - {OURS} else []))}
     rate = statistics.median([in_process("--worker=matrix") for _ in range(options.rounds)])
     measured = {name: compare(name, peers, rounds=options.rounds, num_blocks=options.blocks) for name in names}

@@ -30,8 +30,8 @@ def keep() -> None:
     before JAX makes an array.
 
     XLA allocates the temporary arrays of a program as one block. The C library of Linux returns so large a block to the
-    system when it is freed, and the system clears all its pages again in the next call: a third of a training step on
-    MNIST. Only the main thread has a heap for such blocks, so that programs must run in the thread that calls them.
+    system when it is freed, and the system clears all its pages again in the next call: a large part of a training step
+    on images. Only the main thread has a heap for such blocks, so that programs must run in the thread that calls them.
     Other systems are left alone.
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -5,10 +5,12 @@ import importlib.util
 import json
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import peers
 from experiments import command, options
 from experiments.variants import VARIANTS
 
@@ -101,13 +103,15 @@ def test_commands_exist_and_take_their_flags(page):
         if package == "experiments" and name:
             unknown = set(FLAG.findall(arguments)) - flags_of(name)
             assert not unknown, f"{module} has no {unknown}"
+        if module == "benchmarks.peers":
+            peers.parser().parse_args(shlex.split(arguments))
         for variants in re.findall(r"--variants=([\w,]+)", arguments):
             assert set(variants.split(",")) <= set(VARIANTS)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page):
-    known = set().union(*map(flags_of, EXPERIMENTS))
+    known = set().union(*map(flags_of, EXPERIMENTS), FLAG.findall(peers.parser().format_help()))
     assert set(FLAG.findall(written(page))) <= known
 
 

@@ -42,7 +42,7 @@ def test_ratios_are_of_one_round():
     theirs = [peers.Measurement(7, 5.0, [9.0]), peers.Measurement(7, 5.0, [12.0])]
     lines = peers.rows("toy", {peers.OURS: ours, "PyTorch": theirs}, rate=1e10)
     assert lines[0][2:] == ["4.5 (3.0 to 6.0)", "1.00 (1.00 to 1.00)", "7%", "2.0 (1.0 to 3.0)"]
-    assert lines[1][2:] == ["10.5 (9.0 to 12.0)", "2.50 (2.00 to 3.00)", "", "5.0 (5.0 to 5.0)"]
+    assert lines[1][2:] == ["10.5 (9.0 to 12.0)", "2.50 (2.00 to 3.00)", "3%", "5.0 (5.0 to 5.0)"]
 
 
 @pytest.mark.slow
