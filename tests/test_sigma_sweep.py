@@ -261,7 +261,8 @@ def test_signal_waits_for_a_checkpoint(tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(loop, "feed", signalling)
-    for pace, kept in ((loop.PACE, "7"), (loop.Pace(checkpoint_seconds=0.0), "14")):
+    for seconds, kept in ((loop.PACE.checkpoint_seconds, "7"), (0.0, "14")):
+        pace = loop.Pace(checkpoint_seconds=seconds, fuse=False)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(config, tmp_path / "run", pace=pace)
         assert [child.name for child in (tmp_path / "run/checkpoints/ls").iterdir() if child.name.isdigit()] == [kept]
