@@ -1,4 +1,4 @@
-"""Times a training step beside that of the same LS-VAE in PyTorch: `python -m benchmarks.peers`, some 20 minutes.
+"""Times a training step beside that of the same LS-VAE in PyTorch: `python -m benchmarks.peers`.
 
 PyTorch comes with `pip install -e '.[bench]'`. Each measurement is a process of its own, as a command is one; those of
 the peers alternate. Equal networks, batches of 100 examples, gradients clipped to a global norm, Adam with a cosine
@@ -8,6 +8,7 @@ schedule; PyTorch has its fused Adam. It prints a table, and --json keeps all th
 import argparse
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lvae_jax as lv
-from experiments import sizes
+from experiments import sizes, tables
 
 BATCH = 100
 OURS = "lvae_jax"
@@ -193,10 +194,9 @@ def rows(name: str, measured: dict[str, list[Measurement]], rate: float) -> list
     operations = next((one.num_operations for ones in measured.values() for one in ones if one.num_operations), None)
     lines = []
     for peer, ones in measured.items():
-        ratios = [theirs / our for theirs, our in zip(medians[peer], ours, strict=True)] if ours else []
+        ratio = spread([theirs / our for theirs, our in zip(medians[peer], ours, strict=True)], 2) if ours else ""
         part = f"{operations / (1e-3 * statistics.median(medians[peer]) * rate):.0%}" if operations else ""
-        first = spread([one.first for one in ones], 1)
-        lines.append([name, peer, spread(medians[peer], 1), spread(ratios, 2) if ratios else "", part, first])
+        lines.append([name, peer, spread(medians[peer], 1), ratio, part, spread([one.first for one in ones], 1)])
     return lines
 
 
@@ -226,10 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.json and not options.json.absolute().parent.is_dir():
         flags.error(f"--json: there is no folder {options.json.absolute().parent}")
     if options.worker:
-        of_worker = (
-            matrix_rate() if options.worker == "matrix" else measure(options.worker, NETWORKS[names[0]], options.blocks)
-        )
-        print(json.dumps(of_worker))
+        rated = options.worker == "matrix"
+        print(json.dumps(matrix_rate() if rated else measure(options.worker, NETWORKS[names[0]], options.blocks)))
         return
     if set(peers) - {OURS} and importlib.util.find_spec("torch") is None:
         flags.error("PyTorch is not installed: pip install -e '.[bench]', or give --peers=lvae_jax")
@@ -239,8 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     table = [line for name in names for line in rows(name, measured[name], rate)]
     device = jax.devices()[0].device_kind
     print(f"{platform.machine()}, {device}, {os.cpu_count()} cores, {versions}, {rate / 1e9:.0f} GFLOP/s in products")
-    for line in [HEADER, ["---"] * len(HEADER), *table]:
-        print(f"| {' | '.join(line)} |")
+    print(tables.grid(HEADER, table))
     if options.json:
         kept = {
             name: {peer: [one._asdict() for one in ones] for peer, ones in of.items()} for name, of in measured.items()

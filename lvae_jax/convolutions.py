@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 
 def by_products() -> bool:
-    """Whether convolutions are matrix products here: the one place that chooses."""
+    """Tells whether convolutions are matrix products here. Nothing else chooses."""
     return jax.default_backend() == "cpu"
 
 

@@ -48,6 +48,7 @@ def _tests(name: str, *functions: str) -> tuple[str, ...]:
     return tuple(f"tests/test_{name}.py::test_{function}" for function in functions)
 
 
+(MEMORY,) = _tests("sizes", "kept_memory_is_not_cleared_by_the_system_again")
 # What takes its time: it trains something or starts a command, or is one of many such
 COMPARES, EVIDENCE, FOLLOWS, WARMED, KEPT, IMAGE_RUN, RELATIVES, BAD_FLAG, BAD_SIGMA = _tests(
     "sigma_sweep",
@@ -119,6 +120,7 @@ LIKELIHOODS, DATASETS, IMAGES, FIGURES = (f"lvae_jax/{n}.py" for n in ("likeliho
 GAUSSIANS, EVALUATION, TRAINING = (f"lvae_jax/{name}.py" for name in ("gaussians", "evaluation", "training"))
 VAE, PRIORS, TOY, RUNS, NETWORKS = (f"lvae_jax/{n}.py" for n in ("vae", "priors", "toy", "runs", "networks"))
 BESSEL, THEORY, CELEBA, DIAGNOSTICS = (f"lvae_jax/{n}.py" for n in ("bessel", "theory", "celeba", "diagnostics"))
+CONVOLUTIONS = "lvae_jax/convolutions.py"
 SWEEP, LOOP, REPORT, CLAIMS = (f"experiments/{name}.py" for name in ("sigma_sweep", "loop", "report", "claims"))
 MEMBERS, VARIANTS = "experiments/sweep.py", "experiments/variants.py"
 SPHERE, CRITICAL = "experiments/hypersphere.py", "experiments/critical_sigma.py"
@@ -208,6 +210,12 @@ MUTANTS = [
     Mutant("not_beyond_the_ends", RANGE, "math.log(self.low / MARGIN)", "math.log(self.low * MARGIN)", EVENLY),
     Mutant("condition_of_sigma", RANGE, "return 2.0 * log_stddev.reshape", "return log_stddev.reshape", LINEAR),
     Mutant("rates_too_high", THEORY, "- best_elbo, axis=1), 0.0)", "+ best_elbo, axis=1), 0.0)", RATES),
+    Mutant("padding_turned", CONVOLUTIONS, "((0, 0), *padding, (0, 0))", "((0, 0), *padding[::-1], (0, 0))"),
+    Mutant("dilation_forgotten", CONVOLUTIONS, "any(factor != 1 for factor in dilations)", "False"),
+    Mutant("kernel_not_flipped", CONVOLUTIONS, "kernel[::-1, ::-1].reshape(", "kernel.reshape("),
+    Mutant("pairs_shifted", CONVOLUTIONS, "(p, 1 - p), (s", "(1 - p, p), (s"),
+    Mutant("memory_not_kept", "experiments/sizes.py", "in MALLOC_OPTIONS.items():", "in ():", MEMORY),
+    Mutant("ratio_inverted", "benchmarks/peers.py", "theirs / our for", "our / theirs for"),
     Mutant("root_without_guard", NETWORKS, "is_open = square > 1e-4", "is_open = square > -9.0", CLOSES),
     Mutant(
         "same_draw_twice", TRAINING, "+ jnp.arange(NUM_DRAWS)[None]", "+ 0 * jnp.arange(NUM_DRAWS)[None]", OWN_DRAWS

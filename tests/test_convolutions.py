@@ -106,5 +106,7 @@ def test_one_function_chooses_the_form_of_all_layers(choose, products):
         assert text.count("stablehlo.convolution(") == (0 if products else number)
 
 
-def test_products_are_for_cpus():
-    assert convolutions.by_products() == (jax.default_backend() == "cpu")
+@pytest.mark.parametrize(("backend", "products"), [("cpu", True), ("gpu", False), ("tpu", False)])
+def test_products_are_for_cpus(monkeypatch, backend, products):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert convolutions.by_products() == products

@@ -173,7 +173,7 @@ def test_bfloat16_is_for_the_arithmetic_alone(name):
         assert np.any(coarse != coarse.astype(jnp.bfloat16)), "the last layer has all digits"
 
 
-@pytest.mark.parametrize(("size", "dtype"), [((7, 4), None), ((7, 4), jnp.bfloat16), ((1, 1), None)])
+@pytest.mark.parametrize(("size", "dtype"), [((7, 4), None), ((7, 4), jnp.bfloat16)])
 def test_transposed_convolutions_are_flax_s(size, dtype):
     ours = networks._ConvTranspose(3, dtype=dtype)
     theirs = nn.ConvTranspose(3, (4, 4), strides=(2, 2), dtype=dtype)

@@ -59,31 +59,65 @@ def test_smoke(tmp_path, capsys):
             assert 0.0 < min(one["steps"]) < 1e3 * one["first"]
 
 
+def loaded(layer, params, *axes):
+    """Puts our kernel, whose axes turn to `axes`, and our bias into a layer of PyTorch."""
+    import torch
+
+    kernel = np.asarray(params["kernel"])
+    for parameter, value in ((layer.weight, kernel.transpose(axes)), (layer.bias, np.asarray(params["bias"]))):
+        parameter.data = torch.from_numpy(value.copy())
+
+
+def drawn(network):
+    """Random parameters of ours, of which none is zero."""
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape) / 3, params)
+
+
 @pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed: pip install -e '.[bench]'")
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_the_networks_are_the_same_functions():
+    """Images have odd sides: where they are even, flax pads on one side what PyTorch pads on the other."""
     import torch
 
     from benchmarks import torch_vae
 
-    shape, options = (5, 7, 3), {"widths": (4,), "num_blocks": 1}
-    vae = torch_vae.learned_scalar_vae(shape, 2, **options)
-    decoder = networks.conv_decoder(shape, 1, 2, **options)
-    params = decoder.init(jax.random.key(0))["params"]
-    params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
-    blocks = params["_ResidualConvolutions_0"]
-    with torch.no_grad():
-        start = np.asarray(params["Dense_0"]["kernel"]).reshape(2, 3, 4, 4).transpose(3, 1, 2, 0)
-        vae.decoder.start.weight.copy_(torch.from_numpy(start.reshape(-1, 2).copy()))
-        bias = np.asarray(params["Dense_0"]["bias"]).reshape(3, 4, 4).transpose(2, 0, 1)
-        vae.decoder.start.bias.copy_(torch.from_numpy(bias.reshape(-1).copy()))
-        for layer, name in ((vae.decoder.blocks[0].first, "Conv_0"), (vae.decoder.blocks[0].second, "Conv_1")):
-            layer.weight.copy_(torch.from_numpy(np.asarray(blocks[name]["kernel"]).transpose(3, 2, 0, 1).copy()))
-            layer.bias.copy_(torch.from_numpy(np.array(blocks[name]["bias"])))
-        up = params["ConvTranspose_0"]
-        kernel = np.asarray(up["kernel"])[::-1, ::-1].transpose(2, 3, 0, 1)
-        vae.decoder.up[0].weight.copy_(torch.from_numpy(kernel.copy()))
-        vae.decoder.up[0].bias.copy_(torch.from_numpy(np.array(up["bias"])))
-        z = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
-        theirs = vae.decoder(torch.from_numpy(z)).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(decoder.apply({"params": params}, jnp.asarray(z))[..., 0], theirs, rtol=1e-4, atol=1e-4)
+    def assert_same(ours, theirs):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+    x = np.random.default_rng(0).normal(size=(6, 5, 7, 3)).astype(np.float32)
+    z = x[:, 0, 0, :2].copy()
+    options = {"widths": (4,), "num_blocks": 1}
+    vae = torch_vae.learned_scalar_vae((5, 7, 3), 2, **options)
+    conv, tail = (3, 2, 0, 1), (2, 3, 0, 1)
+
+    encoder = networks.conv_encoder((5, 7, 3), 2, **options)
+    params = drawn(encoder)
+    layers, blocks = params["params"], params["params"]["_ResidualConvolutions_0"]
+    loaded(vae.encoder[0], layers["Conv_0"], *conv)
+    loaded(vae.encoder[2].first, blocks["Conv_0"], *conv)
+    loaded(vae.encoder[2].second, blocks["Conv_1"], *conv)
+    by_channel = layers["Dense_0"]["kernel"].reshape(3, 4, 4, 4).transpose(2, 0, 1, 3).reshape(48, 4)
+    loaded(vae.encoder[-1], {"kernel": by_channel, "bias": layers["Dense_0"]["bias"]}, 1, 0)
+    theirs = vae.encoder(torch.from_numpy(x).permute(0, 3, 1, 2))
+    mean, _ = encoder.apply(params, jnp.asarray(x))
+    assert_same(mean, theirs[:, :2])
+
+    decoder = networks.conv_decoder((5, 7, 3), 1, 2, **options)
+    params = drawn(decoder)
+    layers, blocks = params["params"], params["params"]["_ResidualConvolutions_0"]
+    start = {name: leaf.reshape(-1, 3, 4, 4).transpose(0, 3, 1, 2) for name, leaf in layers["Dense_0"].items()}
+    loaded(vae.decoder.start, {"kernel": start["kernel"].reshape(2, 48), "bias": start["bias"].reshape(48)}, 1, 0)
+    loaded(vae.decoder.blocks[0].first, blocks["Conv_0"], *conv)
+    loaded(vae.decoder.blocks[0].second, blocks["Conv_1"], *conv)
+    up = layers["ConvTranspose_0"]
+    loaded(vae.decoder.up[0], {"kernel": up["kernel"][::-1, ::-1], "bias": up["bias"]}, *tail)
+    theirs = vae.decoder(torch.from_numpy(z)).permute(0, 2, 3, 1)
+    assert_same(decoder.apply(params, jnp.asarray(z))[..., 0], theirs)
+
+    points = torch_vae.mlp(2, 3, width=5, num_blocks=1)
+    ours = networks.mlp_decoder((3,), 1, 2, width=5, num_blocks=1)
+    params = drawn(ours)
+    for index, layer in enumerate((points[0], points[1].first, points[1].second, points[-1])):
+        loaded(layer, params["params"][f"Dense_{index}"], 1, 0)
+    assert_same(ours.apply(params, jnp.asarray(z))[..., 0], points(torch.from_numpy(z)))

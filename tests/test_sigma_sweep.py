@@ -314,15 +314,23 @@ def test_non_finite_result_is_an_error_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fused_steps_train_and_resume_alike(tmp_path):
-    """What an accelerator runs: several steps in one call, here 2 of every 4."""
+def test_fused_steps_train_and_resume_alike(tmp_path, monkeypatch):
+    """Several steps in one call, as is the default where steps are short: here 2 of every 4."""
     config = SMALL._replace(variants=("ls",), num_steps=402)
-    single = run_sweep(config, tmp_path / "single").members[0]
-    fused = run_sweep(config, tmp_path / "fused", pace=loop.Pace(fuse=True)).members[0]
+    feed, numbers = loop.feed, []
+
+    def counting(group, dataset, layout, firsts, num_fused, *rest, **options):
+        numbers.append(num_fused)
+        return feed(group, dataset, layout, firsts, num_fused, *rest, **options)
+
+    monkeypatch.setattr(loop, "feed", counting)
+    single = run_sweep(config, tmp_path / "single", pace=loop.Pace(fuse=False)).members[0]
+    fused = run_sweep(config, tmp_path / "fused").members[0]
+    assert numbers == [1, 2]
     assert fused.elbo == pytest.approx(single.elbo, abs=0.1)
     with interruption(group="ls", after=40):
-        run_sweep(config, tmp_path / "resumed", pace=loop.Pace(checkpoint_seconds=0.0, fuse=True))
-    assert run_sweep(config, tmp_path / "resumed", pace=loop.Pace(fuse=True)).members[0] == fused
+        run_sweep(config, tmp_path / "resumed", pace=loop.Pace(checkpoint_seconds=0.0))
+    assert run_sweep(config, tmp_path / "resumed").members[0] == fused
     assert runs.read_metrics(tmp_path / "resumed") == runs.read_metrics(tmp_path / "fused")
 
 
